@@ -1,0 +1,34 @@
+"""Typed configs: dataclasses, YAML and overrides. Imports neither JAX nor any other room."""
+
+from jaxrft.config.base import ConfigError, Section
+from jaxrft.config.rl import RLConfig
+from jaxrft.config.rooms import (
+    AlgorithmConfig,
+    AuditConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ParallelConfig,
+    RewardsConfig,
+    RolloutConfig,
+    TrackingConfig,
+    WarmStartConfig,
+    WatchdogConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "AuditConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "RLConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "Section",
+    "TrackingConfig",
+    "WarmStartConfig",
+    "WatchdogConfig",
+]

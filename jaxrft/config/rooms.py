@@ -1,0 +1,201 @@
+"""The nested sections of a run's config, one class a room."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxrft.config.base import ConfigError, Section, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """Which model is trained."""
+
+    path: str | None = option(None, "Folder with a Hugging Face checkpoint, or a hub name.")
+    scratch: dict[str, Any] | None = option(
+        None,
+        "Train a model made from scratch instead: the fields of a Hugging Face config.json "
+        "(model_type, hidden_size, num_hidden_layers, ...). vocab_size is taken from the tokenizer.",
+    )
+    tokenizer: str | None = option(
+        None,
+        "Folder or hub name of the tokenizer, or 'characters:' followed by the alphabet of a "
+        "tokenizer with one token per character. None takes the model's own.",
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "Type that activations are computed in. Parameters and optimizer moments are float32."
+    )
+
+    def check(self) -> None:
+        if self.path is not None and self.scratch is not None:
+            raise ConfigError("path: set with scratch; a model is either loaded or made from scratch: remove one")
+        if self.scratch is not None and self.tokenizer is None:
+            raise ConfigError("tokenizer: got None, a model made from scratch needs one, such as 'characters:0123456789'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Where prompts come from and how they become tokens."""
+
+    train: str | None = option(
+        None,
+        "Training prompts: a .jsonl, .json, .parquet or .csv file, a folder, a hub name, or a function that "
+        "returns a list of rows, as package.module:function or file.py:function.",
+    )
+    eval: str | None = option(None, "Held-out prompts, given like train.")
+    train_split: str = option("train", "Split of a hub dataset or folder to train on.")
+    eval_split: str = option("test", "Split of a hub dataset or folder to evaluate on, where it is the one named in eval.")
+    arguments: dict[str, Any] = option(
+        factory=dict, help="Keyword arguments for train and eval where they are functions."
+    )
+    columns: dict[str, str] = option(
+        factory=dict, help="Our name of a column -> its name in the dataset, as in {prompt: question, answer: solution}."
+    )
+    system_prompt: str | None = option(None, "System message put before every prompt.")
+    chat_template: str | None = option(
+        None, "Jinja chat template, or a file that holds one. None takes the tokenizer's own."
+    )
+    overlong_prompts: Literal["drop", "error"] = option(
+        "drop", "Prompts of more than max_prompt_length tokens: drop and count them, or stop."
+    )
+    max_train_samples: int | None = option(None, "Use only the first rows of train.", minimum=1)
+    max_eval_samples: int | None = option(None, "Use only the first rows of eval.", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardsConfig(Section):
+    """What is rewarded."""
+
+    functions: list[str] = option(
+        factory=list,
+        help="Rewards by name (exact_match, math, format_tags, format_boxed, length), or one's own as "
+        "package.module:function or file.py:function.",
+    )
+    arguments: dict[str, dict[str, Any]] = option(
+        factory=dict, help="Keyword arguments of a reward, by its name, as in {length: {target: 100}}."
+    )
+    on_error: Literal["stop", "none"] = option(
+        "stop", "When a reward raises: stop and name the sample, or count the sample as None (reward does not apply)."
+    )
+    timeout: float = option(5.0, "Seconds that one answer may take a reward which runs in a process of its own.", above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    """How completions are generated."""
+
+    engine: Literal["native"] = option("native", "native generates inside the trainer, from its own parameters.")
+    max_slots: int = option(64, "Completions generated at the same time.", minimum=1)
+    decode_chunk: int = option(8, "Tokens decoded for every slot before the host looks at what has ended.", minimum=1)
+    min_tokens: int = option(0, "Tokens a completion has at least.", minimum=0)
+    stop: list[str] = option(factory=list, help="Texts that end a completion. They stay in it.")
+    stop_token_ids: list[int] = option(
+        factory=list, help="Tokens that end a completion beside the tokenizer's end-of-sequence token."
+    )
+    first_token_temperature: float | None = option(
+        None, "Temperature of a completion's first token (FIRE sampling). None: temperature.", above=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """Devices, and how XLA uses them."""
+
+    replica: int = option(1, "Devices over which every micro-batch is split (data parallel).", minimum=1)
+    virtual_devices: int | None = option(None, "Make this many CPU devices, to try a mesh without GPUs.", minimum=1)
+    memory_fraction: float | None = option(
+        None, "Share of a GPU's memory that JAX takes at its start. None leaves JAX's default.", above=0, maximum=1
+    )
+    xla_flags: str = option("", "Further flags for XLA, appended to XLA_FLAGS.")
+    compilation_cache: str | None = option(
+        "~/.cache/jaxrft/xla", "Folder of compiled programs, shared by runs. None compiles anew in each run."
+    )
+    deterministic: bool = option(False, "Use only deterministic GPU kernels, so that a resumed run is bit-equal.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig(Section):
+    """The algorithm: a named recipe, and any of its fields changed. None means the recipe's value."""
+
+    recipe: str = option("grpo", "Name of the recipe: grpo, dr_grpo or dapo.")
+    level: Literal["token", "sequence"] | None = option(
+        None, "Level of the importance ratio: of a token, or of a sequence (exp of the mean log-ratio)."
+    )
+    clip_low: float | None = option(None, "Ratios below 1 - clip_low are clipped (epsilon).", minimum=0, maximum=1)
+    clip_high: float | None = option(None, "Ratios above 1 + clip_high are clipped (epsilon_high).", minimum=0)
+    dual_clip: float | None = option(
+        None, "Bound on the loss of a negative advantage, as a multiple of it; above 1.", above=1
+    )
+    reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] | None = option(
+        None,
+        "How token losses become one number: mean over tokens (dapo), mean over sequences of token means (grpo) or "
+        "token sums, or sum over sequences times max_completion_length (dr_grpo).",
+    )
+    kl_coef: float | None = option(None, "Weight of the KL to the reference model in the loss (beta).", minimum=0)
+    kl_kind: Literal["k1", "k2", "k3"] | None = option(None, "Estimator of that KL.")
+    baseline: Literal["mean", "leave_one_out", "none"] | None = option(
+        None, "What is subtracted from a reward: mean of its group, mean of the group's others, or nothing."
+    )
+    scale: Literal["std", "batch_std", "none"] | None = option(
+        None, "What it is divided by: standard deviation of its group, of the batch, or nothing (scale_rewards)."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """How held-out prompts are answered."""
+
+    temperature: float = option(0.0, "Sampling temperature of evaluation; 0 is greedy.", minimum=0)
+    top_p: float = option(1.0, "Nucleus of evaluation's sampling.", above=0, maximum=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Section):
+    """What a run shows and sends."""
+
+    progress: bool = option(True, "Show progress bars on a terminal.")
+    wandb_project: str = option("jaxrft", "Project of Weights & Biases.")
+    wandb_mode: Literal["online", "offline", "disabled"] = option(
+        "online", "Whether Weights & Biases sends, keeps in the run's folder, or does nothing."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditConfig(Section):
+    """Checks of the first update that stop a run which would train on wrong numbers."""
+
+    enabled: bool = option(True, "Check the first update of a run.")
+    ratio_tolerance: float | None = option(
+        None, "Largest |ratio - 1| before the first update. None: 1e-5 largest in float32, 1e-2 mean in bfloat16.", above=0
+    )
+    logprob_tolerance: float | None = option(
+        None,
+        "Largest gap of log-probabilities between engine and trainer. None: 1e-4 in float32, 5e-2 mean in bfloat16.",
+        above=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchdogConfig(Section):
+    """Seconds a phase may take before the run is stopped with a report of where it hung. None: no limit."""
+
+    rollout: float | None = option(3600.0, "Budget of one rollout.", above=0)
+    rewards: float | None = option(1800.0, "Budget of scoring one rollout.", above=0)
+    training: float | None = option(3600.0, "Budget of training on one rollout, compilation included.", above=0)
+    evaluation: float | None = option(7200.0, "Budget of one evaluation.", above=0)
+    checkpoint: float | None = option(1800.0, "Budget of saving one checkpoint.", above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmStartConfig(Section):
+    """A short supervised stage before RL, for models made from scratch."""
+
+    max_steps: int = option(0, "Supervised steps at most; 0 turns the stage off.", minimum=0)
+    target_accuracy: float = option(
+        1.0, "Stop when greedy accuracy on the held-out prompts first reaches this share.", above=0, maximum=1
+    )
+    eval_steps: int = option(20, "Steps between looks at that accuracy.", minimum=1)
+    batch_size: int = option(256, "Examples a step.", minimum=1)
+    learning_rate: float = option(3e-3, "Peak learning rate: warm-up over a tenth of max_steps, then constant.", above=0)
+    answer_column: str = option("answer", "Column that holds the text to learn.")

@@ -1,0 +1,15 @@
+"""Flax modules, and Hugging Face weights in and out."""
+
+from jaxrft.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "Decoder": "jaxrft.models.decoder",
+        "DecoderSpec": "jaxrft.models.spec",
+        "load": "jaxrft.models.checkpoint",
+        "from_config": "jaxrft.models.checkpoint",
+        "save": "jaxrft.models.checkpoint",
+        "token_logprobs": "jaxrft.models.logprobs",
+    },
+)

@@ -1,0 +1,136 @@
+"""A dense decoder: one implementation for every text family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxrft.models.attention import cache_mask, causal_mask
+from jaxrft.models.layers import DecoderLayer, Embedding, LayerCache, Linear, RMSNorm
+from jaxrft.models.rope import rope_tables
+from jaxrft.models.spec import DecoderSpec
+
+
+class Decoder(nnx.Module):
+    """A causal language model.
+
+    Args:
+        spec: its shape and options.
+        dtype: type that activations are computed in; parameters are float32.
+        rngs: keys for new parameters.
+    """
+
+    def __init__(self, spec: DecoderSpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.spec = spec
+        self.dtype = dtype
+        self.embed = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(spec, dtype=dtype, rngs=rngs) for _ in range(spec.num_layers)])
+        self.final_norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        if not spec.tie_embeddings:
+            axes = ("embed", "vocab")
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, axes, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        lengths: Int[Array, "batch"] | None = None,
+        *,
+        positions: Int[Array, "batch time"] | None = None,
+        segment_ids: Int[Array, "batch time"] | None = None,
+        media: Any = None,
+    ) -> Float[Array, "batch time vocab"]:
+        """Logits, float32. For looking at a model; training goes through ``hidden``."""
+        hidden = self.hidden(tokens, lengths, positions=positions, segment_ids=segment_ids, media=media)
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch time"],
+        lengths: Int[Array, "batch"] | None = None,
+        *,
+        positions: Int[Array, "batch time"] | None = None,
+        segment_ids: Int[Array, "batch time"] | None = None,
+        media: Any = None,
+    ) -> Float[Array, "batch time hidden"]:
+        """What the output projection consumes.
+
+        Args:
+            tokens: right-padded rows, or rows packed with several segments.
+            lengths: valid tokens of each row; what stands behind them is computed and means nothing.
+            positions: position of each token; None counts from 0 in each row, or in each segment.
+            segment_ids: equal for tokens that may see each other.
+            media: embeddings of images, video or audio; text decoders take none.
+        """
+        return self._run(tokens, lengths, positions, segment_ids, media)[0]
+
+    def prefill(
+        self, tokens: Int[Array, "batch time"], lengths: Int[Array, "batch"]
+    ) -> tuple[Float[Array, "batch hidden"], list[LayerCache]]:
+        """Hidden state of each row's last valid token, and every layer's keys and values."""
+        hidden, caches = self._run(tokens, lengths, None, None, None)
+        return hidden[jnp.arange(tokens.shape[0]), lengths - 1], caches
+
+    def decode(
+        self, tokens: Int[Array, "slots"], positions: Int[Array, "slots"], caches: list[LayerCache], window: int
+    ) -> tuple[Float[Array, "slots hidden"], list[LayerCache]]:
+        """One more token for each slot.
+
+        Args:
+            tokens: the newest token of each slot.
+            positions: where it stands: the number of tokens before it.
+            caches: one a layer, of any length above ``positions``.
+            window: static; only the first ``window`` cached tokens are looked at. Above every position.
+        """
+        rope = rope_tables(positions[:, None], self.spec.rope, self.spec.head_dim)
+        masks = {w: cache_mask(positions, window, w) for w in self._windows()}
+        x, new = self.embed(tokens[:, None]), []
+        for index, (layer, cache) in enumerate(zip(self.layers, caches)):
+            x, cache = layer.decode(x, rope, cache, positions, masks[self.spec.sliding_window(index)])
+            new.append(cache)
+        return self.final_norm(x)[:, 0], new
+
+    def init_cache(self, slots: int, length: int) -> list[LayerCache]:
+        """Empty caches for ``decode``."""
+        shape = (slots, self.spec.num_kv_heads, length, self.spec.head_dim)
+        return [LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in self.layers]
+
+    @property
+    def output_kernel(self) -> Float[Array, "hidden vocab"]:
+        """The output projection; of tied models, the transposed embedding."""
+        if self.spec.tie_embeddings:
+            return self.embed.embedding[...].T
+        return self.lm_head.kernel[...]
+
+    def logits(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
+        """Output projection, float32."""
+        return jnp.matmul(hidden, self.output_kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def _windows(self) -> set[int | None]:
+        return {self.spec.sliding_window(index) for index in range(self.spec.num_layers)}
+
+    def _run(self, tokens, lengths, positions, segment_ids, media):
+        if media is not None:
+            raise ValueError("media: this is a text model; it takes none")
+        if positions is None:
+            positions = default_positions(tokens, segment_ids)
+        rope = rope_tables(positions, self.spec.rope, self.spec.head_dim)
+        masks = {w: causal_mask(tokens.shape[1], w, segment_ids) for w in self._windows()}
+        x, caches = self.embed(tokens), []
+        for index, layer in enumerate(self.layers):
+            x, cache = layer(x, rope, masks[self.spec.sliding_window(index)])
+            caches.append(cache)
+        return self.final_norm(x), caches
+
+
+def default_positions(
+    tokens: Int[Array, "batch time"], segment_ids: Int[Array, "batch time"] | None
+) -> Int[Array, "batch time"]:
+    """Positions that count from 0 in each row, or from each start of a new segment."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        return index
+    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], 1) != 0
+    return index - jnp.maximum.accumulate(jnp.where(starts, index, 0), axis=1)

@@ -1,0 +1,151 @@
+"""The parts of a decoder layer as Flax NNX modules.
+
+Every parameter carries the logical names of its axes as metadata (``axes``); the table of
+rules in ``parallel`` maps these to mesh axes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrft.models.attention import attend
+from jaxrft.models.rope import apply_rope
+from jaxrft.models.spec import DecoderSpec
+
+INIT_STDDEV = 0.02
+
+
+class LayerCache(NamedTuple):
+    """Keys (rotated) and values of one layer, each [slots, kv_heads, length, head_dim]."""
+
+    key: Float[Array, "slots kv_heads length head_dim"]
+    value: Float[Array, "slots kv_heads length head_dim"]
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias``; parameters are stored in float32 and computed in ``dtype``."""
+
+    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        init = jax.nn.initializers.normal(INIT_STDDEV)
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        y = x @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token embedding, [vocabulary, hidden]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        init = jax.nn.initializers.normal(INIT_STDDEV)
+        value = init(rngs.params(), (vocab_size, hidden_size), jnp.float32)
+        self.embedding = nnx.Param(value, axes=("vocab", "embed"))
+
+    def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... hidden"]:
+        return self.embedding[...][tokens].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (arXiv:1910.07467), computed in float32."""
+
+    def __init__(self, size: int, *, eps: float, axis: str = "norm"):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        return (x32.astype(x.dtype) * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, spec: DecoderSpec, *, dtype, rngs: nnx.Rngs):
+        self.spec = spec
+        hidden, heads, kv_heads = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        bias = spec.qkv_bias
+        self.query = Linear(hidden, heads, ("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs)
+        self.key = Linear(hidden, kv_heads, ("embed", "kv_heads"), bias=bias, dtype=dtype, rngs=rngs)
+        self.value = Linear(hidden, kv_heads, ("embed", "kv_heads"), bias=bias, dtype=dtype, rngs=rngs)
+        self.output = Linear(heads, hidden, ("heads", "embed"), bias=spec.output_bias, dtype=dtype, rngs=rngs)
+        if spec.qk_norm:
+            self.query_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps, axis="head_dim")
+            self.key_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps, axis="head_dim")
+
+    def __call__(
+        self, x: Float[Array, "batch time hidden"], rope, mask: Bool[Array, "one_or_batch time time"]
+    ) -> tuple[Float[Array, "batch time hidden"], LayerCache]:
+        """Whole sequences; also returns their keys and values."""
+        query, cache = self._project(x, rope)
+        return self._finish(attend(query, cache.key, cache.value, mask)), cache
+
+    def decode(
+        self,
+        x: Float[Array, "slots 1 hidden"],
+        rope,
+        cache: LayerCache,
+        positions: Int[Array, "slots"],
+        mask: Bool[Array, "slots 1 window"],
+    ) -> tuple[Float[Array, "slots 1 hidden"], LayerCache]:
+        """One new token a slot: writes it at ``positions`` and attends to the first ``window`` cached ones."""
+        query, new = self._project(x, rope)
+        rows = jnp.arange(x.shape[0])
+        cache = LayerCache(*(c.at[rows, :, positions].set(n[:, :, 0]) for c, n in zip(cache, new)))
+        window = mask.shape[-1]
+        return self._finish(attend(query, cache.key[:, :, :window], cache.value[:, :, :window], mask)), cache
+
+    def _project(self, x, rope):
+        spec, (batch, time) = self.spec, x.shape[:2]
+        query = self.query(x).reshape(batch, time, spec.num_heads, spec.head_dim)
+        key = self.key(x).reshape(batch, time, spec.num_kv_heads, spec.head_dim)
+        value = self.value(x).reshape(batch, time, spec.num_kv_heads, spec.head_dim)
+        if spec.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = apply_rope(query, *rope), apply_rope(key, *rope)
+        return query, LayerCache(key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
+
+    def _finish(self, heads):
+        return self.output(heads.reshape(*heads.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward block (SwiGLU, arXiv:2002.05202)."""
+
+    def __init__(self, spec: DecoderSpec, *, dtype, rngs: nnx.Rngs):
+        hidden, inner, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        self.gate = Linear(hidden, inner, ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(hidden, inner, ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(inner, hidden, ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each behind a norm and added to the stream."""
+
+    def __init__(self, spec: DecoderSpec, *, dtype, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.attention = Attention(spec, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.mlp = MLP(spec, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, rope, mask):
+        attended, cache = self.attention(self.attention_norm(x), rope, mask)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+    def decode(self, x, rope, cache, positions, mask):
+        attended, cache = self.attention.decode(self.attention_norm(x), rope, cache, positions, mask)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache

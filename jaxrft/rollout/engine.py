@@ -1,0 +1,52 @@
+"""The contract of every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from jaxrft.rollout.records import Completion, Request, SamplingParams
+
+
+class Engine(Protocol):
+    """Generates completions from the weights it was last given."""
+
+    version: int
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Completions of all requests: those of the first request first, each request's in order.
+
+        Args:
+            requests: prompts, each with the number of completions wanted of it.
+            sampling: how to draw them.
+            on_progress: called now and then with (completions done, completions in all).
+        """
+        ...
+
+    def update_weights(self, params: Any, version: int) -> None:
+        """Generate from ``params`` (the model's state, as ``nnx.split`` gives it) from now on."""
+        ...
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back memory: caches (level 1), and weights too (level 2)."""
+        ...
+
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        """Take back what ``sleep`` gave: ``weights``, ``kv_cache``, or both (None)."""
+        ...
+
+    def close(self) -> None:
+        """End the engine; it cannot be used after."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
