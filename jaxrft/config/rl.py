@@ -42,7 +42,9 @@ class RLConfig(Section):
     """Config of ``RLTrainer`` and of ``python -m jaxrft.train``."""
 
     task: Literal["rl", "sft", "preference", "reward"] = option("rl", "Kind of training. This version has rl.")
-    output_dir: str = option("runs/default", "Folder of the run: config, metrics, completions, checkpoints, final model.")
+    output_dir: str = option(
+        "runs/default", "Folder of the run: config, metrics, completions, checkpoints, final model."
+    )
     run_name: str | None = option(None, "Name shown by loggers. None: the last part of output_dir.")
     resume_from_checkpoint: bool = option(
         False, "Continue the run that output_dir holds. Without it, a folder that holds a run is refused."
@@ -80,7 +82,9 @@ class RLConfig(Section):
     temperature: float = option(1.0, "Sampling temperature; log-probabilities are of the same temperature.", above=0)
     top_p: float = option(1.0, "Sample from the smallest set of tokens with this probability.", above=0, maximum=1)
     top_k: int = option(0, "Sample from the k most probable tokens; 0: from all.", minimum=0)
-    min_p: float = option(0.0, "Sample from tokens with this share of the best token's probability.", minimum=0, maximum=1)
+    min_p: float = option(
+        0.0, "Sample from tokens with this share of the best token's probability.", minimum=0, maximum=1
+    )
 
     beta: float | None = option(None, "Weight of the KL to the reference model. None: the recipe's.", minimum=0)
     epsilon: float | None = option(None, "Clip range of the ratio below 1. None: the recipe's.", minimum=0, maximum=1)
@@ -94,11 +98,15 @@ class RLConfig(Section):
     importance_sampling_level: Literal["token", "sequence"] | None = option(
         None, "Level of the importance ratio. None: the recipe's."
     )
-    mask_truncated_completions: bool = option(False, "Leave completions that reached max_completion_length out of the loss.")
+    mask_truncated_completions: bool = option(
+        False, "Leave completions that reached max_completion_length out of the loss."
+    )
     reward_weights: list[float] | None = option(None, "Weight of each reward. None: 1 each.")
 
     eval_on_start: bool = option(True, "Evaluate before the first step, where there are held-out prompts.")
-    eval_steps: int | None = option(None, "Optimizer steps between evaluations. None: only before and after.", minimum=1)
+    eval_steps: int | None = option(
+        None, "Optimizer steps between evaluations. None: only before and after.", minimum=1
+    )
     num_generations_eval: int = option(1, "Completions of each held-out prompt.", minimum=1)
     logging_steps: int = option(1, "Optimizer steps between records of the metrics.", minimum=1)
     report_to: list[Literal["wandb", "tensorboard"]] = option(
@@ -137,7 +145,9 @@ class RLConfig(Section):
 
     def _check_batches(self) -> None:
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ConfigError("generation_batch_size: set with steps_per_generation; each follows from the other: remove one")
+            raise ConfigError(
+                "generation_batch_size: set with steps_per_generation; each follows from the other: remove one"
+            )
         micro = self.per_device_train_batch_size * self.parallel.replica
         if self.rollout_samples % micro:
             raise ConfigError(
@@ -151,8 +161,8 @@ class RLConfig(Section):
             )
         if self.rollout_samples % self.num_generations:
             raise ConfigError(
-                f"num_generations: got {self.num_generations}, which does not divide the {self.rollout_samples} completions "
-                "of a rollout (per_device_train_batch_size x parallel.replica x steps_per_generation); "
+                f"num_generations: got {self.num_generations}, which does not divide the {self.rollout_samples} "
+                "completions of a rollout (per_device_train_batch_size x parallel.replica x steps_per_generation); "
                 "change one of them or set generation_batch_size"
             )
 
@@ -179,11 +189,9 @@ class RLConfig(Section):
             raise ConfigError(
                 "num_generations_eval: several greedy completions are all the same; set evaluation.temperature above 0"
             )
-        if self.reward_weights is not None and self.rewards.functions:
-            if len(self.reward_weights) != len(self.rewards.functions):
-                raise ConfigError(
-                    f"reward_weights: got {len(self.reward_weights)} weights for {len(self.rewards.functions)} rewards"
-                )
+        rewards = len(self.rewards.functions)
+        if self.reward_weights is not None and rewards and len(self.reward_weights) != rewards:
+            raise ConfigError(f"reward_weights: got {len(self.reward_weights)} weights for {rewards} rewards")
 
     @property
     def rollout_samples(self) -> int:

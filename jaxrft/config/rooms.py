@@ -31,7 +31,9 @@ class ModelConfig(Section):
         if self.path is not None and self.scratch is not None:
             raise ConfigError("path: set with scratch; a model is either loaded or made from scratch: remove one")
         if self.scratch is not None and self.tokenizer is None:
-            raise ConfigError("tokenizer: got None, a model made from scratch needs one, such as 'characters:0123456789'")
+            raise ConfigError(
+                "tokenizer: got None, a model made from scratch needs one, such as 'characters:0123456789'"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,15 @@ class DataConfig(Section):
     )
     eval: str | None = option(None, "Held-out prompts, given like train.")
     train_split: str = option("train", "Split of a hub dataset or folder to train on.")
-    eval_split: str = option("test", "Split of a hub dataset or folder to evaluate on, where it is the one named in eval.")
+    eval_split: str = option(
+        "test", "Split of a hub dataset or folder to evaluate on, where it is the one named in eval."
+    )
     arguments: dict[str, Any] = option(
         factory=dict, help="Keyword arguments for train and eval where they are functions."
     )
     columns: dict[str, str] = option(
-        factory=dict, help="Our name of a column -> its name in the dataset, as in {prompt: question, answer: solution}."
+        factory=dict,
+        help="Our name of a column -> its name in the dataset, as in {prompt: question, answer: solution}.",
     )
     system_prompt: str | None = option(None, "System message put before every prompt.")
     chat_template: str | None = option(
@@ -78,7 +83,9 @@ class RewardsConfig(Section):
     on_error: Literal["stop", "none"] = option(
         "stop", "When a reward raises: stop and name the sample, or count the sample as None (reward does not apply)."
     )
-    timeout: float = option(5.0, "Seconds that one answer may take a reward which runs in a process of its own.", above=0)
+    timeout: float = option(
+        5.0, "Seconds that one answer may take a reward which runs in a process of its own.", above=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +174,9 @@ class AuditConfig(Section):
 
     enabled: bool = option(True, "Check the first update of a run.")
     ratio_tolerance: float | None = option(
-        None, "Largest |ratio - 1| before the first update. None: 1e-5 largest in float32, 1e-2 mean in bfloat16.", above=0
+        None,
+        "Largest |ratio - 1| before the first update. None: 1e-5 largest in float32, 1e-2 mean in bfloat16.",
+        above=0,
     )
     logprob_tolerance: float | None = option(
         None,
@@ -197,5 +206,7 @@ class WarmStartConfig(Section):
     )
     eval_steps: int = option(20, "Steps between looks at that accuracy.", minimum=1)
     batch_size: int = option(256, "Examples a step.", minimum=1)
-    learning_rate: float = option(3e-3, "Peak learning rate: warm-up over a tenth of max_steps, then constant.", above=0)
+    learning_rate: float = option(
+        3e-3, "Peak learning rate: warm-up over a tenth of max_steps, then constant.", above=0
+    )
     answer_column: str = option("answer", "Column that holds the text to learn.")

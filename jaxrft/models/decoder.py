@@ -26,12 +26,16 @@ class Decoder(nnx.Module):
     def __init__(self, spec: DecoderSpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.spec = spec
         self.dtype = dtype
-        self.embed = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, rngs=rngs)
+        # The config.json and generation_config.json that the model came with, as text: static and hashable.
+        self.hf_config: str | None = None
+        self.generation_config: str | None = None
+        stddev = spec.init_stddev
+        self.embed = Embedding(spec.vocab_size, spec.hidden_size, stddev=stddev, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(spec, dtype=dtype, rngs=rngs) for _ in range(spec.num_layers)])
         self.final_norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         if not spec.tie_embeddings:
-            axes = ("embed", "vocab")
-            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, axes, bias=False, dtype=dtype, rngs=rngs)
+            options = {"bias": False, "stddev": stddev, "dtype": dtype, "rngs": rngs}
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, ("embed", "vocab"), **options)
 
     def __call__(
         self,

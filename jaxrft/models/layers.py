@@ -17,8 +17,6 @@ from jaxrft.models.attention import attend
 from jaxrft.models.rope import apply_rope
 from jaxrft.models.spec import DecoderSpec
 
-INIT_STDDEV = 0.02
-
 
 class LayerCache(NamedTuple):
     """Keys (rotated) and values of one layer, each [slots, kv_heads, length, head_dim]."""
@@ -30,9 +28,11 @@ class LayerCache(NamedTuple):
 class Linear(nnx.Module):
     """``x @ kernel + bias``; parameters are stored in float32 and computed in ``dtype``."""
 
-    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, stddev: float, dtype, rngs: nnx.Rngs
+    ):
         self.dtype = dtype
-        init = jax.nn.initializers.normal(INIT_STDDEV)
+        init = jax.nn.initializers.normal(stddev)
         self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32), axes=axes)
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32), axes=axes[1:]) if bias else None
 
@@ -44,9 +44,9 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding, [vocabulary, hidden]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, vocab_size: int, hidden_size: int, *, stddev: float, dtype, rngs: nnx.Rngs):
         self.dtype = dtype
-        init = jax.nn.initializers.normal(INIT_STDDEV)
+        init = jax.nn.initializers.normal(stddev)
         value = init(rngs.params(), (vocab_size, hidden_size), jnp.float32)
         self.embedding = nnx.Param(value, axes=("vocab", "embed"))
 
@@ -73,11 +73,11 @@ class Attention(nnx.Module):
     def __init__(self, spec: DecoderSpec, *, dtype, rngs: nnx.Rngs):
         self.spec = spec
         hidden, heads, kv_heads = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        bias = spec.qkv_bias
-        self.query = Linear(hidden, heads, ("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs)
-        self.key = Linear(hidden, kv_heads, ("embed", "kv_heads"), bias=bias, dtype=dtype, rngs=rngs)
-        self.value = Linear(hidden, kv_heads, ("embed", "kv_heads"), bias=bias, dtype=dtype, rngs=rngs)
-        self.output = Linear(heads, hidden, ("heads", "embed"), bias=spec.output_bias, dtype=dtype, rngs=rngs)
+        options = {"stddev": spec.init_stddev, "dtype": dtype, "rngs": rngs}
+        self.query = Linear(hidden, heads, ("embed", "heads"), bias=spec.qkv_bias, **options)
+        self.key = Linear(hidden, kv_heads, ("embed", "kv_heads"), bias=spec.qkv_bias, **options)
+        self.value = Linear(hidden, kv_heads, ("embed", "kv_heads"), bias=spec.qkv_bias, **options)
+        self.output = Linear(heads, hidden, ("heads", "embed"), bias=spec.output_bias, **options)
         if spec.qk_norm:
             self.query_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps, axis="head_dim")
             self.key_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps, axis="head_dim")
@@ -122,10 +122,11 @@ class MLP(nnx.Module):
     """Gated feed-forward block (SwiGLU, arXiv:2002.05202)."""
 
     def __init__(self, spec: DecoderSpec, *, dtype, rngs: nnx.Rngs):
-        hidden, inner, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
-        self.gate = Linear(hidden, inner, ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
-        self.up = Linear(hidden, inner, ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(inner, hidden, ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        options = {"bias": spec.mlp_bias, "stddev": spec.init_stddev, "dtype": dtype, "rngs": rngs}
+        self.gate = Linear(hidden, inner, ("embed", "mlp"), **options)
+        self.up = Linear(hidden, inner, ("embed", "mlp"), **options)
+        self.down = Linear(inner, hidden, ("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -120,8 +120,7 @@ def _projected_backward(chunk, residuals, cotangents):
     hidden, kernel, targets, temperature, log_normalizer, entropy = residuals
     d_logprobs, d_entropy = cotangents
     parts = tuple(
-        _in_chunks(a, chunk)
-        for a in (hidden, targets, temperature, log_normalizer, entropy, d_logprobs, d_entropy)
+        _in_chunks(a, chunk) for a in (hidden, targets, temperature, log_normalizer, entropy, d_logprobs, d_entropy)
     )
 
     def one(d_kernel, part):

@@ -42,6 +42,8 @@ class DecoderSpec:
     qk_norm: bool = False
     # Per layer: keys further back than this many tokens are not seen (None: all are).
     sliding_windows: tuple[int | None, ...] = ()
+    # Standard deviation of new kernels and embeddings.
+    init_stddev: float = 0.02
 
     def sliding_window(self, layer: int) -> int | None:
         """Sliding window of one layer, None where the layer sees all."""

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import numpy as np
 
+from jaxrft.config.base import ConfigError
+
 FinishReason = Literal["stop", "length", "abort"]
+
+# Below this, logits over the temperature leave the range where float32 tells neighbours apart.
+MIN_TEMPERATURE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How completions are drawn.
 
-    Truncation applies in the order top-k, top-p, min-p, to the distribution after temperature.
+    Stop tokens that ``min_tokens`` forbids are taken out first; truncation then applies in the order
+    top-k, top-p, min-p, each to the distribution after temperature that the one before it left,
+    renormalised. Tokens as probable as the last one kept are kept too, so that the result does not depend
+    on the order of the vocabulary. Greedy ties go to the lowest token id.
 
     Attributes:
-        temperature: logits are divided by it; 0 is greedy.
+        temperature: logits are divided by it; 0 is greedy, otherwise at least 0.001.
         top_p: smallest set of most probable tokens whose probability reaches this.
         top_k: the k most probable tokens; 0: all.
         min_p: tokens of at least this share of the most probable token's probability.
@@ -28,8 +37,11 @@ class SamplingParams:
             tokens; the token stays in the completion.
         ignore_eos: do not stop at the engine's own end-of-sequence tokens.
         seed: completions depend on it, on the request's seed and place in its group alone, not on what
-            else is generated beside them.
+            else is generated beside them. Of any integer, the lowest 32 bits count.
         first_token_temperature: temperature of the first token (FIRE sampling, arXiv:2410.21236).
+
+    Raises:
+        ConfigError: a field is out of its range; the message names the field, what it got and what it takes.
     """
 
     temperature: float = 1.0
@@ -44,6 +56,25 @@ class SamplingParams:
     seed: int = 0
     first_token_temperature: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            _require(isinstance(value, list | tuple), name, value, "a list")
+            object.__setattr__(self, name, tuple(value))
+        _check_temperature("temperature", self.temperature, greedy=True)
+        if self.first_token_temperature is not None:
+            _check_temperature("first_token_temperature", self.first_token_temperature, greedy=False)
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and at most 1")
+        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 to 1")
+        _require(_is_integer(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0 (0: all)")
+        _require(_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        takes = f"an integer from 0 to max_tokens ({self.max_tokens})"
+        _require(_is_integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, takes)
+        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "texts of at least one character")
+        takes = "token ids of at least 0"
+        _require(all(_is_integer(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, takes)
+        _require(_is_integer(self.seed), "seed", self.seed, "an integer")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
@@ -52,12 +83,21 @@ class Request:
     Attributes:
         prompt_ids: its tokens, at least one.
         n: completions wanted.
-        seed: added to the sampling's seed; None: the request's place in the list of requests.
+        seed: its own seed, beside the sampling's; None: the request's place in the list of requests.
+
+    Raises:
+        ConfigError: the prompt is empty, or ``n`` is below 1.
     """
 
     prompt_ids: list[int]
     n: int = 1
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_ids) == 0:
+            raise ConfigError("prompt_ids: got an empty prompt, takes at least one token")
+        _require(_is_integer(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
+        _require(self.seed is None or _is_integer(self.seed), "seed", self.seed, "an integer or None")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +111,8 @@ class Completion:
             None where the engine cannot know it.
         sampled_logprobs: float32 [tokens]; of the distribution that was drawn from, after
             truncation; 0 where greedy.
-        finish_reason: ``stop`` (stop token or text), ``length`` (max_tokens), ``abort``.
+        finish_reason: ``stop`` (stop token or text), ``length`` (max_tokens, or the engine's max_length),
+            ``abort``.
         versions: version of the weights for each span, as (first token, version).
     """
 
@@ -80,3 +121,22 @@ class Completion:
     sampled_logprobs: np.ndarray | None
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...] = ((0, 0),)
+
+
+def _check_temperature(name: str, value: Any, *, greedy: bool) -> None:
+    takes = f"0 (greedy) or a number of at least {MIN_TEMPERATURE}" if greedy else f"a number of at least {MIN_TEMPERATURE}"
+    holds = _is_number(value) and ((greedy and value == 0) or MIN_TEMPERATURE <= value < math.inf)
+    _require(holds, name, value, takes)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or isinstance(value, float | np.floating)
+
+
+def _require(holds: bool, name: str, value: Any, takes: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: got {value!r}, takes {takes}")

@@ -1,0 +1,188 @@
+"""Hugging Face checkpoints in and out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxrft.config import ConfigError
+from jaxrft.models.decoder import Decoder
+from jaxrft.models.families import Family, family_for, family_of
+from jaxrft.models.hf_config import complete
+from jaxrft.models.hub import checkpoint_folder
+from jaxrft.models.names import HARMLESS_EXTRAS, Tensor, tensors_of
+from jaxrft.models.spec import DecoderSpec
+from jaxrft.models.weight_files import FLOAT_TYPES, WeightFiles, write_weights
+
+COMPUTE_TYPES = ("float32", "bfloat16")
+FILE_TYPES = ("float32", "bfloat16", "float16")
+SHARD_BYTES = 5 * 10**9
+
+
+def load(
+    path_or_hub_name: str | os.PathLike[str], dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> Decoder:
+    """A model with the weights of a Hugging Face checkpoint.
+
+    Args:
+        path_or_hub_name: a folder with config.json and safetensors, or a name on the hub, which is
+            looked for in the local cache before it is fetched.
+        dtype: type that activations are computed in. Parameters are float32.
+        mesh: where the parameters are placed, a whole copy on every device; None takes the default device.
+
+    Raises:
+        ConfigError: no such checkpoint, a family or option we do not have, damaged files, or tensors
+            that are missing, misnamed or misshapen, each named.
+    """
+    folder = checkpoint_folder(path_or_hub_name)
+    fields = _read_json(folder / "config.json")
+    family = family_of(fields)
+    model = _abstract(family.spec(complete(fields)), dtype)
+    model.hf_config = json.dumps(fields)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = json.dumps(_read_json(folder / "generation_config.json"))
+    with WeightFiles(folder) as files:
+        return _filled(model, family, files, folder, _placement(mesh))
+
+
+def from_config(
+    hf_config: dict[str, Any], *, dtype: str = "float32", seed: int = 0, mesh: jax.sharding.Mesh | None = None
+) -> Decoder:
+    """A model made from scratch.
+
+    Args:
+        hf_config: fields of a config.json with its ``model_type``; others default as in transformers.
+        dtype: type that activations are computed in. Parameters are float32.
+        seed: of the random parameters: normal with ``initializer_range``, biases 0, norms 1.
+        mesh: where the parameters are placed, a whole copy on every device; None takes the default device.
+
+    Raises:
+        ConfigError: a family, a field or a value that we do not have.
+    """
+    family = family_of(hf_config)
+    spec = family.spec(complete(hf_config, strict=True))
+    model = _abstract(spec, dtype)
+    model.hf_config = json.dumps(hf_config)
+    make = jax.jit(lambda: nnx.state(Decoder(spec, rngs=nnx.Rngs(seed))), out_shardings=_placement(mesh))
+    nnx.update(model, make())
+    return model
+
+
+def save(
+    model: Decoder,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder that ``transformers`` and inference servers load.
+
+    Args:
+        model: what to export. Fields of the config.json it came from are kept.
+        folder: made if needed; an export that is there is replaced.
+        tokenizer: saved beside the weights, if given.
+        dtype: type of the file, ``float32``, ``bfloat16`` or ``float16``; None is float32, which loses nothing.
+        shard_bytes: weights above this are split into several files.
+
+    Raises:
+        ConfigError: a dtype we do not write, or a model that no family can describe.
+        OSError: the folder cannot be written.
+    """
+    dtype = dtype or "float32"
+    if dtype not in FILE_TYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, takes one of {', '.join(FILE_TYPES)}")
+    config = {**export_config(model), "dtype": dtype, "torch_dtype": dtype}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, named_tensors(model), np.dtype(jnp.dtype(dtype)), shard_bytes)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if model.generation_config:
+        (folder / "generation_config.json").write_text(json.dumps(json.loads(model.generation_config), indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def export_config(model: Decoder) -> dict[str, Any]:
+    """The config.json of a model: the fields it came with, and what its spec says."""
+    kept = json.loads(model.hf_config) if model.hf_config else {}
+    family = family_of(kept) if kept else family_for(model.spec)
+    return {**kept, **family.config(model.spec)}
+
+
+def named_tensors(model: Decoder) -> Iterator[tuple[Tensor, jax.Array]]:
+    """Every parameter with its Hugging Face name, in the module's layout (``transposed`` says if files turn it)."""
+    family = family_of(json.loads(model.hf_config)) if model.hf_config else family_for(model.spec)
+    values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    for path, tensor in tensors_of(values, family.names).items():
+        yield tensor, values[path][...]
+
+
+def _abstract(spec: DecoderSpec, dtype: str) -> Decoder:
+    if jnp.dtype(dtype).name not in COMPUTE_TYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, takes one of {', '.join(COMPUTE_TYPES)}")
+    return nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+
+
+def _placement(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
+    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _filled(
+    model: Decoder, family: Family, files: WeightFiles, folder: Path, placement: jax.sharding.Sharding | None
+) -> Decoder:
+    """``model``, abstract until here, with its parameters read one by one."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    tensors = tensors_of([path for path, _ in state], family.names)
+    shapes = {tensors[path]: value.shape for path, value in state}
+    _check_tensors(shapes, files, model.spec.tie_embeddings, folder)
+    filled = []
+    for path, value in state:
+        array = jax.device_put(files.read(tensors[path].name), placement, may_alias=False)
+        filled.append((path, value.replace(_to_parameter(array, tensors[path].transposed))))
+    nnx.update(model, nnx.from_flat_state(filled))
+    return model
+
+
+@partial(jax.jit, static_argnums=1)
+def _to_parameter(array: jax.Array, transposed: bool) -> jax.Array:
+    return (array.T if transposed else array).astype(jnp.float32)
+
+
+def _check_tensors(shapes: dict[Tensor, tuple[int, ...]], files: WeightFiles, tied: bool, folder: Path) -> None:
+    """Raises ConfigError with every tensor that is missing, unexpected, misshapen or of a type we do not read."""
+    wanted = {tensor.name: shape[::-1] if tensor.transposed else shape for tensor, shape in shapes.items()}
+    extra = {name for name in files.names() - set(wanted) if not HARMLESS_EXTRAS.fullmatch(name)}
+    problems = [f"{name} is missing" for name in wanted if name not in files.names()]
+    if tied and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        if not np.array_equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+            problems.append("lm_head.weight differs from model.embed_tokens.weight, though tie_word_embeddings is true")
+    problems += [f"{name} is unexpected" for name in sorted(extra)]
+    for name in sorted(set(wanted) & files.names()):
+        if files.shape(name) != wanted[name]:
+            problems.append(f"{name} has shape {list(files.shape(name))} instead of {list(wanted[name])}")
+        if files.type(name) not in FLOAT_TYPES:
+            problems.append(f"{name} has type {files.type(name)}, takes {', '.join(FLOAT_TYPES)}")
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ConfigError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:10])}{more}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds {type(value).__name__} instead of an object with fields")
+    return value

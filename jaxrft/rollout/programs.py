@@ -1,0 +1,216 @@
+"""The compiled programs of the native engine: prefill, insert into slots, decode a chunk.
+
+All take the model's parameters as a flat tuple of arrays, so that a call does not walk the module's
+state in Python, and none of them keeps a reference to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxrft.rollout.sampling import Draw, Mode, SamplingValues, draw
+
+logger = logging.getLogger(__name__)
+
+Caches = Any  # one models.layers.LayerCache a layer, in a list: stacked, every step would copy them
+
+
+class SlotState(NamedTuple):
+    """What the device knows of each slot. Donated to every program that changes it.
+
+    Attributes:
+        newest: last token drawn, with its log-probabilities; not yet in the caches.
+        positions: where the newest token stands, counted from the prompt's start.
+        produced: tokens drawn, the newest included.
+        limits: tokens that may be drawn at most.
+        keys: random key of the slot's completion.
+        done: nothing more is drawn.
+    """
+
+    newest: Draw
+    positions: Int[Array, "slots"]
+    produced: Int[Array, "slots"]
+    limits: Int[Array, "slots"]
+    keys: Key[Array, "slots"]
+    done: Bool[Array, "slots"]
+
+
+class Prefilled(NamedTuple):
+    """Prompts ready to be copied into slots: logits of the first token, keys and values of the prompt."""
+
+    logits: Float[Array, "prompts vocab"]
+    caches: Caches
+
+
+class Placement(NamedTuple):
+    """Which slots take which prompt; rows of one int32 array, so that one transfer carries them.
+
+    Attributes:
+        row: the prompt's row in :class:`Prefilled`; -1 leaves the slot as it is.
+        length: tokens of the prompt.
+        limit: tokens that may be drawn at most.
+        seed: the request's seed, its 32 bits read as a signed integer.
+        sample: the completion's place in its group.
+    """
+
+    row: Int[Array, "slots"]
+    length: Int[Array, "slots"]
+    limit: Int[Array, "slots"]
+    seed: Int[Array, "slots"]
+    sample: Int[Array, "slots"]
+
+
+class Programs:
+    """Jitted functions of one model; shared by all engines of that model's shape.
+
+    Attributes:
+        compiled: static arguments and shapes that were met.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, treedef: Any):
+        self._graphdef, self._treedef = graphdef, treedef
+        self.compiled: set[tuple[Any, ...]] = set()
+        self._prefill = jax.jit(self._prefill_impl)
+        self._insert = jax.jit(self._insert_impl, static_argnames="mode", donate_argnames=("state", "caches"))
+        statics = ("steps", "window", "mode")
+        self._decode = jax.jit(self._decode_impl, static_argnames=statics, donate_argnames=("state", "caches"))
+
+    def empty_caches(self, leaves, slots: int, length: int) -> Caches:
+        """Caches of ``length`` tokens for ``slots`` completions."""
+        return self._model(leaves).init_cache(slots, length)
+
+    def prefill(self, leaves, tokens: Int[Array, "prompts time"], lengths: Int[Array, "prompts"]) -> Prefilled:
+        """Runs right-padded prompts."""
+        return self._call(("prefill", *tokens.shape), self._prefill, leaves, tokens, lengths)
+
+    def insert(
+        self, state: SlotState, caches: Caches, prompts: Prefilled, placement, values: SamplingValues, mode: Mode
+    ) -> tuple[SlotState, Caches]:
+        """Copies prompts into slots and draws each slot's first token."""
+        key = ("insert", *prompts.caches[0].key.shape, *caches[0].key.shape, values.stop_ids.size, mode)
+        return self._call(key, self._insert, state, caches, prompts, placement, values, mode=mode)
+
+    def decode(
+        self,
+        leaves,
+        state: SlotState,
+        caches: Caches,
+        ended: Bool[Array, "slots"],
+        values: SamplingValues,
+        *,
+        steps: int,
+        window: int,
+        mode: Mode,
+    ) -> tuple[SlotState, Caches, Int[Array, "rows slots"]]:
+        """Draws up to ``steps`` tokens for every slot that is neither done nor ``ended``.
+
+        Returns:
+            The new state and caches, and one int32 array for the host: ``steps + 1`` rows of tokens (row 0
+            holds those that were the newest at the start), as many of log-probabilities and of sampled
+            log-probabilities (their float32 bits), then tokens produced, then whether the slot is done.
+        """
+        key = ("decode", *caches[0].key.shape, values.stop_ids.size, steps, window, mode)
+        statics = {"steps": steps, "window": window, "mode": mode}
+        return self._call(key, self._decode, leaves, state, caches, ended, values, **statics)
+
+    def _call(self, key: tuple[Any, ...], program: Callable[..., Any], *arguments: Any, **statics: Any) -> Any:
+        if key in self.compiled:
+            return program(*arguments, **statics)
+        start = time.perf_counter()
+        result = program(*arguments, **statics)
+        self.compiled.add(key)
+        logger.info("compiled %s in %.2f s", " ".join(str(part) for part in key), time.perf_counter() - start)
+        return result
+
+    def _model(self, leaves: tuple[Array, ...]) -> Any:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+
+    def _prefill_impl(self, leaves, tokens, lengths):
+        model = self._model(leaves)
+        hidden, caches = model.prefill(tokens, lengths)
+        return Prefilled(model.logits(hidden), caches)
+
+    def _insert_impl(self, state, caches, prompts, placement, values, *, mode):
+        placement = Placement(*placement)
+        taken = placement.row >= 0
+        row = jnp.maximum(placement.row, 0)
+        caches = jax.tree.map(lambda cache, new: _copy_rows(cache, new, row, taken), caches, prompts.caches)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(values.key, placement.seed.astype(jnp.uint32))
+        keys = jax.vmap(jax.random.fold_in)(keys, placement.sample)
+        index = jnp.zeros_like(row)
+        drawn = draw(prompts.logits[row], keys, index, values.first_temperature, values, mode)
+        done = _is_stop(drawn.tokens, values) | (placement.limit <= 1)
+        new = SlotState(drawn, placement.length, index + 1, placement.limit, keys, done)
+        return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state), caches
+
+    def _decode_impl(self, leaves, state, caches, ended, values, *, steps, window, mode):
+        done = state.done | ended
+        # A slot that is done is computed along with the others: keep it inside the window.
+        state = state._replace(done=done, positions=jnp.where(done, 0, state.positions))
+        attended = jax.tree.map(lambda cache: cache[:, :, :window], caches)
+        log = jax.tree.map(lambda x: jnp.zeros((steps + 1, *x.shape), x.dtype).at[0].set(x), state.newest)
+
+        def unfinished(carry):
+            step, state, _, _ = carry
+            return (step < steps) & ~state.done.all()
+
+        def one_token(carry):
+            step, state, attended, log = carry
+            model = self._model(leaves)
+            hidden, attended = model.decode(state.newest.tokens, state.positions, attended, window)
+            logits = model.logits(hidden)
+            drawn = draw(logits, state.keys, state.produced, values.temperature, values, mode)
+            log = jax.tree.map(lambda rows, x: rows.at[step + 1].set(x), log, drawn)
+            return step + 1, _advance(state, drawn, values), attended, log
+
+        start = (jnp.int32(0), state, attended, log)
+        _, state, attended, log = jax.lax.while_loop(unfinished, one_token, start)
+        caches = jax.tree.map(lambda cache, new: cache.at[:, :, :window].set(new), caches, attended)
+        floats = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (log.logprobs, log.sampled_logprobs)]
+        packed = jnp.concatenate([log.tokens, *floats, state.produced[None], state.done[None].astype(jnp.int32)])
+        return state, caches, packed
+
+
+@functools.lru_cache(maxsize=8)
+def programs_of(graphdef: nnx.GraphDef, treedef: Any) -> Programs:
+    """The programs of a model; made once for all engines of its shape."""
+    return Programs(graphdef, treedef)
+
+
+def empty_state(slots: int, key: Key[Array, ""]) -> SlotState:
+    """Slots that are all done."""
+
+    def zeros(dtype=jnp.int32):
+        return jnp.zeros((slots,), dtype)
+
+    newest = Draw(zeros(), zeros(jnp.float32), zeros(jnp.float32))
+    keys = jnp.broadcast_to(key, (slots,))
+    return SlotState(newest, zeros(), zeros(), zeros(), keys, jnp.ones((slots,), bool))
+
+
+def _advance(state: SlotState, drawn: Draw, values: SamplingValues) -> SlotState:
+    """Takes the drawn tokens where a slot is not done."""
+    live = (~state.done).astype(jnp.int32)
+    produced = state.produced + live
+    done = state.done | _is_stop(drawn.tokens, values) | (produced >= state.limits)
+    return state._replace(newest=drawn, positions=state.positions + live, produced=produced, done=done)
+
+
+def _is_stop(tokens: Int[Array, "slots"], values: SamplingValues) -> Bool[Array, "slots"]:
+    return (tokens[:, None] == values.stop_ids).any(-1)
+
+
+def _copy_rows(cache, new, row, taken):
+    """Puts ``new[row]`` at the start of the rows of ``cache`` that are ``taken``."""
+    length = new.shape[2]
+    chosen = jnp.where(taken[:, None, None, None], new[row], cache[:, :, :length])
+    return cache.at[:, :, :length].set(chosen)

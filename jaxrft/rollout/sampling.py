@@ -1,0 +1,163 @@
+"""Drawing tokens from logits: pure functions over one row of logits per sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from jaxrft.rollout.records import SamplingParams
+
+# Explicit, so that completions do not depend on JAX's configured default generator.
+PRNG = "threefry2x32"
+
+
+class Mode(NamedTuple):
+    """What a compiled program of drawing does; each combination is a program of its own."""
+
+    greedy: bool
+    truncate: bool
+    forbid_stops: bool
+
+
+class SamplingValues(NamedTuple):
+    """The numbers of :class:`SamplingParams`, as arrays that programs take."""
+
+    key: Key[Array, ""]
+    temperature: Float[Array, ""]
+    first_temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    min_tokens: Int[Array, ""]
+    stop_ids: Int[Array, "stops"]
+
+
+class Draw(NamedTuple):
+    """Drawn tokens, their log-probabilities before truncation and of the distribution drawn from."""
+
+    tokens: Int[Array, "rows"]
+    logprobs: Float[Array, "rows"]
+    sampled_logprobs: Float[Array, "rows"]
+
+
+def sampling_values(params: SamplingParams, eos_ids: tuple[int, ...]) -> SamplingValues:
+    """Puts ``params`` on the device; stop tokens are padded with -1 to a power of two, so that shapes stay few."""
+    stops = stop_token_ids(params, eos_ids)
+    first = params.temperature if params.first_token_temperature is None else params.first_token_temperature
+    padded = np.full(1 << max(len(stops) - 1, 0).bit_length(), -1, np.int32)
+    padded[: len(stops)] = stops
+    numbers = (
+        np.float32(params.temperature),
+        np.float32(first),
+        np.int32(min(params.top_k, np.iinfo(np.int32).max)),
+        np.float32(params.top_p),
+        np.float32(params.min_p),
+        np.int32(params.min_tokens),
+        padded,
+    )
+    key = jax.random.key(np.uint32(params.seed & 0xFFFFFFFF), impl=PRNG)
+    return SamplingValues(key, *jax.device_put(numbers))
+
+
+def stop_token_ids(params: SamplingParams, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Every token that ends a completion, in order, each once."""
+    return tuple(sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}))
+
+
+def modes(params: SamplingParams) -> tuple[Mode, Mode]:
+    """How the first token of a completion is drawn, and how the others are."""
+    truncate = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    greedy = params.temperature == 0
+    first_greedy = greedy and params.first_token_temperature is None
+    forbid = params.min_tokens > 0
+    return (
+        Mode(first_greedy, truncate and not first_greedy, forbid),
+        Mode(greedy, truncate and not greedy, params.min_tokens > 1),
+    )
+
+
+def draw(
+    logits: Float[Array, "rows vocab"],
+    keys: Key[Array, "rows"],
+    index: Int[Array, "rows"],
+    temperature: Float[Array, ""],
+    values: SamplingValues,
+    mode: Mode,
+) -> Draw:
+    """Draws one token a row.
+
+    Args:
+        logits: float32.
+        keys: one for each completion.
+        index: how many tokens the completion has already: a token's randomness depends on its key and
+            index alone.
+        temperature: of this token; of no effect where greedy.
+        values, mode: how to draw; see :class:`SamplingParams` for the order of the steps.
+    """
+    scaled = logits if mode.greedy else logits / temperature
+    kept = forbid_stops(scaled, index, values) if mode.forbid_stops else scaled
+    if mode.truncate:
+        kept = truncate(kept, values.top_k, values.top_p, values.min_p)
+    if mode.greedy:
+        tokens = jnp.argmax(kept, axis=-1).astype(jnp.int32)
+        return Draw(tokens, _logprob(scaled, tokens), jnp.zeros(tokens.shape, jnp.float32))
+    # Gumbel-max: the largest of log-probability plus Gumbel noise is a draw from the distribution.
+    noise = jax.vmap(lambda key, i: jax.random.gumbel(jax.random.fold_in(key, i), logits.shape[1:]))(keys, index)
+    tokens = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+    logprobs = _logprob(scaled, tokens)
+    changed = mode.truncate or mode.forbid_stops
+    return Draw(tokens, logprobs, _logprob(kept, tokens) if changed else logprobs)
+
+
+def forbid_stops(
+    logits: Float[Array, "rows vocab"], index: Int[Array, "rows"], values: SamplingValues
+) -> Float[Array, "rows vocab"]:
+    """Takes stop tokens out of the rows that have fewer than ``min_tokens`` tokens."""
+    is_stop = (jnp.arange(logits.shape[-1])[:, None] == values.stop_ids).any(-1)
+    return jnp.where(is_stop & (index < values.min_tokens)[:, None], -jnp.inf, logits)
+
+
+def truncate(
+    logits: Float[Array, "rows vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""], min_p: Float[Array, ""]
+) -> Float[Array, "rows vocab"]:
+    """Puts the tokens that top-k, then top-p, then min-p leave out at minus infinity.
+
+    Nothing is sorted: the smallest logit that stays is found bit by bit, in 32 passes over the row.
+    """
+    order = _order_preserving_bits(logits)
+    count = jnp.where(top_k == 0, logits.shape[-1], top_k)
+    kept = jnp.where(order >= _largest_reaching(order, lambda inside: inside.sum(-1) >= count), logits, -jnp.inf)
+    probability = jax.nn.softmax(kept, axis=-1)
+    nucleus = _largest_reaching(order, lambda inside: jnp.where(inside, probability, 0.0).sum(-1) >= top_p)
+    # Rounding may let the sum reach 1 before the last token.
+    kept = jnp.where((order >= nucleus) | (top_p >= 1), kept, -jnp.inf)
+    floor = kept.max(-1, keepdims=True) + jnp.log(min_p)
+    return jnp.where(kept >= floor, kept, -jnp.inf)
+
+
+def _largest_reaching(
+    order: UInt[Array, "rows vocab"], reached: Callable[[Bool[Array, "rows vocab"]], Bool[Array, "rows"]]
+) -> UInt[Array, "rows 1"]:
+    """The largest threshold whose set ``order >= threshold`` still is ``reached``; 0 where none is."""
+
+    def try_bit(step, threshold):
+        candidate = threshold | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
+        return jnp.where(reached(order >= candidate)[:, None], candidate, threshold)
+
+    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((order.shape[0], 1), jnp.uint32))
+
+
+def _order_preserving_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Maps float32 to integers of the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _logprob(logits: Float[Array, "rows vocab"], tokens: Int[Array, "rows"]) -> Float[Array, "rows"]:
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

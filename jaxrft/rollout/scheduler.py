@@ -1,0 +1,212 @@
+"""Host side of the native engine: which completion is in which slot, and what it has drawn so far."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxrft.rollout.programs import Placement, Prefilled
+from jaxrft.rollout.records import Completion, FinishReason, Request, SamplingParams
+from jaxrft.rollout.stopping import stop_text_end
+
+EMPTY = -1
+SMALLEST_BUCKET = 16
+
+
+def power_of_two(count: int) -> int:
+    """Smallest power of two that is at least ``count``."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def bucket(length: int, maximum: int) -> int:
+    """Smallest of 16, 24, 32, 48, 64, ... that holds ``length``, at most ``maximum``."""
+    size = max(power_of_two(length), SMALLEST_BUCKET)
+    middle = size // 4 * 3
+    return min(middle if SMALLEST_BUCKET < size and length <= middle else size, maximum)
+
+
+@dataclasses.dataclass
+class Group:
+    """The completions of one request that have no slot yet."""
+
+    prompt: np.ndarray
+    seed: int
+    limit: int
+    first: int  # place in the list of completions of the sample 0
+    n: int
+    placed: int = 0
+    row: int = 0  # where its prompt stands in what was prefilled
+
+    @property
+    def waiting(self) -> int:
+        """Completions that have no slot yet."""
+        return self.n - self.placed
+
+
+class Scheduler:
+    """Slots, the queue before them, and the completions that came out.
+
+    Args:
+        requests: what to complete.
+        sampling: how.
+        slots: completions generated at the same time.
+        max_length: tokens of prompt and completion together at most.
+        stop_ids: every token that ends a completion.
+        decode: text of a list of tokens, for stop texts.
+        version: of the weights.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        *,
+        slots: int,
+        max_length: int,
+        stop_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None,
+        version: int,
+    ):
+        self._sampling, self._stop_ids, self._decode, self._version = sampling, set(stop_ids), decode, version
+        self.queue: collections.deque[Group] = collections.deque()
+        total = 0
+        for place, request in enumerate(requests):
+            prompt = np.asarray(request.prompt_ids, np.int32)
+            limit = min(sampling.max_tokens, max_length - len(prompt))
+            seed = place if request.seed is None else request.seed
+            self.queue.append(Group(prompt, seed, limit, total, request.n))
+            total += request.n
+        self.completions: list[Completion | None] = [None] * total
+        self.finished = 0
+        self.ended = np.zeros(slots, bool)  # stopped by the host, not yet told to the device
+        longest = max((group.limit for group in self.queue), default=0)
+        self._owner = np.full(slots, EMPTY, np.int32)
+        self._length, self._limit, self._drawn, self._ahead = np.zeros((4, slots), np.int32)
+        self._tokens = np.zeros((slots, longest), np.int32)
+        self._logprobs, self._sampled = np.zeros((2, slots, longest), np.float32)
+
+    @property
+    def free(self) -> Int[np.ndarray, "free"]:
+        """Slots that no completion is in."""
+        return np.flatnonzero(self._owner == EMPTY)
+
+    def next_prompts(self, max_tokens: int) -> list[Group]:
+        """The first groups of the queue that the free slots can start, of ``max_tokens`` padded tokens at most."""
+        groups: list[Group] = []
+        room, longest = len(self.free), 0
+        for group in self.queue:
+            longest = max(longest, len(group.prompt))
+            if groups and (room <= 0 or longest * power_of_two(len(groups) + 1) > max_tokens):
+                break
+            groups.append(group)
+            room -= group.waiting
+        for row, group in enumerate(groups):
+            group.row = row
+        return groups
+
+    def place(self, groups: list[Group]) -> Int[np.ndarray, "5 slots"]:
+        """Fills free slots from ``groups``, in order; what is full leaves ``groups`` and the queue.
+
+        Returns:
+            The fields of :class:`Placement`, one a row.
+        """
+        fields = np.full((len(Placement._fields), len(self._owner)), -1, np.int32)
+        free = list(self.free)
+        while groups and free:
+            group = groups[0]
+            count = min(group.waiting, len(free))
+            slots, free = free[:count], free[count:]
+            samples = np.arange(group.placed, group.placed + count)
+            seed = np.uint32(group.seed & 0xFFFFFFFF).view(np.int32)
+            for field, value in enumerate((group.row, len(group.prompt), group.limit, seed, samples)):
+                fields[field, slots] = value
+            self._owner[slots] = group.first + samples
+            self._length[slots], self._limit[slots] = len(group.prompt), group.limit
+            self._drawn[slots] = self._ahead[slots] = 0
+            self.ended[slots] = False
+            group.placed += count
+            if group.waiting == 0:
+                groups.pop(0)
+                self.queue.popleft()
+        return fields
+
+    def plan_chunk(self, steps: int) -> tuple[int, Int[np.ndarray, "slots"]] | None:
+        """Books ``steps`` more tokens for every slot.
+
+        Returns:
+            How many cached tokens the chunk may look at, and which completion is in each slot; None where
+            what is booked already finishes every slot.
+        """
+        if not ((self._owner != EMPTY) & (self._ahead < self._limit)).any():
+            return None
+        # The first chunk of a completion also brings the token that its prompt gave.
+        self._ahead = np.minimum(self._ahead + steps + (self._ahead == 0), self._limit)
+        # The newest token is not cached, so one less than prompt and completion together.
+        window = int((self._length + self._ahead - 1)[self._owner != EMPTY].max())
+        return window, self._owner.copy()
+
+    def take_chunk(self, packed: Int[np.ndarray, "rows slots"], owner: Int[np.ndarray, "slots"], steps: int) -> None:
+        """Reads what a chunk drew: ``packed`` as the decode program returns it, ``owner`` as when it was planned."""
+        same = (owner == self._owner) & (owner != EMPTY)
+        produced, done = packed[-2], packed[-1].astype(bool) & same
+        # Row 0 holds the newest token at the chunk's start, which only fresh slots have not given yet.
+        first = np.where(self._drawn == 0, 0, 1)
+        count = np.where(same, produced - self._drawn, 0)
+        row = np.arange(steps + 1)[:, None]
+        rows, slots = np.nonzero((row >= first) & (row < first + count))
+        columns = self._drawn[slots] + rows - first[slots]
+        parts = packed[: 3 * (steps + 1)].reshape(3, steps + 1, -1)
+        self._tokens[slots, columns] = parts[0, rows, slots]
+        self._logprobs[slots, columns] = parts[1].view(np.float32)[rows, slots]
+        self._sampled[slots, columns] = parts[2].view(np.float32)[rows, slots]
+        before = self._drawn.copy()
+        self._drawn = np.where(same, produced, self._drawn)
+        if self._sampling.stop:
+            self._apply_stop_texts(same, before, done)
+        for slot in np.flatnonzero(done):
+            self._finish(slot, self._reason(slot))
+
+    def _apply_stop_texts(self, same: Bool[np.ndarray, "slots"], before: np.ndarray, done: np.ndarray) -> None:
+        assert self._decode is not None
+        for slot in np.flatnonzero(same):
+            tokens = self._tokens[slot, : self._drawn[slot]].tolist()
+            seen = max(int(before[slot]), self._sampling.min_tokens)
+            end = stop_text_end(self._decode, tokens, seen, self._sampling.stop)
+            if end is not None:
+                self._drawn[slot] = end
+                self.ended[slot], done[slot] = not done[slot], False
+                self._finish(slot, "stop")
+
+    def _reason(self, slot: int) -> FinishReason:
+        return "stop" if int(self._tokens[slot, self._drawn[slot] - 1]) in self._stop_ids else "length"
+
+    def _finish(self, slot: int, reason: FinishReason) -> None:
+        count = self._drawn[slot]
+        self.completions[self._owner[slot]] = Completion(
+            token_ids=self._tokens[slot, :count].tolist(),
+            logprobs=self._logprobs[slot, :count].copy(),
+            sampled_logprobs=self._sampled[slot, :count].copy(),
+            finish_reason=reason,
+            versions=((0, self._version),),
+        )
+        self._owner[slot] = EMPTY
+        self.finished += 1
+
+
+def pad_prompts(
+    groups: Sequence[Group], max_length: int
+) -> tuple[Int[np.ndarray, "prompts time"], Int[np.ndarray, "prompts"]]:
+    """Right-padded prompts and their lengths, both axes rounded up to a bucket."""
+    lengths = np.ones(power_of_two(len(groups)), np.int32)
+    lengths[: len(groups)] = [len(group.prompt) for group in groups]
+    tokens = np.zeros((len(lengths), bucket(int(lengths.max()), max_length)), np.int32)
+    for row, group in enumerate(groups):
+        tokens[row, : lengths[row]] = group.prompt
+    return tokens, lengths
+
+
+__all__ = ["Group", "Prefilled", "Scheduler", "bucket", "pad_prompts", "power_of_two"]

@@ -1,0 +1,108 @@
+"""Checks of the first update: a run whose numbers are wrong stops before it has trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrft.config import AuditConfig
+from jaxrft.data.records import Prompt
+from jaxrft.rollout.records import Completion
+
+_CAUSES = {
+    "engine": (
+        "the engine samples at another temperature, holds stale or other weights, or the mask does not lie over "
+        "the response"
+    ),
+    "ratio": "old log-probabilities belong to other parameters, another temperature, or other tokens",
+    "reference": "the reference is not the model that training started from",
+    "text": "the text handed to the rewards is not what the model wrote: prompt glued to it, or tokens cut off",
+}
+
+
+class AuditError(RuntimeError):
+    """The numbers of the first update contradict each other; nothing was trained."""
+
+
+class Audit:
+    """The checks, with the tolerances of a dtype.
+
+    Args:
+        config: tolerances set by the user.
+        dtype: ``float32`` or ``bfloat16``; float32 is held to the largest deviation, bfloat16 to the mean.
+    """
+
+    def __init__(self, config: AuditConfig, dtype: str):
+        exact = dtype == "float32"
+        self._reduce = np.max if exact else np.mean
+        self._word = "largest" if exact else "mean"
+        self.ratio_tolerance = config.ratio_tolerance or (1e-5 if exact else 1e-2)
+        self.logprob_tolerance = config.logprob_tolerance or (1e-4 if exact else 5e-2)
+        self._exact = exact
+
+    @property
+    def ratio_bounds(self) -> np.ndarray:
+        """Bounds of the mean and the largest |ratio - 1| before the first update, float32 [2]."""
+        return np.array([self.ratio_tolerance, self.ratio_tolerance if self._exact else np.inf], np.float32)
+
+    def check_engine(
+        self, completions: Sequence[Completion], scored: np.ndarray, mask: np.ndarray, trained: Sequence[bool]
+    ) -> float:
+        """Compares the engine's log-probabilities with the trainer's at the places that are trained.
+
+        Args:
+            completions: as the engine returned them.
+            scored: the trainer's log-probabilities, [samples, response].
+            mask: of the tokens that are trained, [samples, response].
+            trained: which completions count at all.
+
+        Returns:
+            The deviation: largest in float32, mean in bfloat16.
+        """
+        gaps = []
+        for completion, row, places, counts in zip(completions, scored, mask > 0, trained):
+            if not counts:
+                continue
+            if places.sum() != len(completion.token_ids):
+                self._fail(
+                    "engine",
+                    f"{int(places.sum())} tokens are trained where the engine sampled {len(completion.token_ids)}",
+                )
+            gaps.append(np.abs(row[places] - completion.logprobs))
+        return self._bound("engine", "log-probabilities of engine and trainer differ", gaps, self.logprob_tolerance)
+
+    def check_reference(self, reference: np.ndarray, scored: np.ndarray, mask: np.ndarray) -> float:
+        """Before the first update the reference is the policy."""
+        gaps = [np.abs(reference - scored)[mask > 0]]
+        return self._bound("reference", "log-probabilities of policy and reference differ", gaps, self.ratio_tolerance)
+
+    def check_ratio(self, mean: float, largest: float) -> float:
+        """|ratio - 1| of the first update, as the step measured it."""
+        value = largest if self._exact else mean
+        return self._bound("ratio", "|ratio - 1| before the first update is", [np.array([value])], self.ratio_tolerance)
+
+    def check_texts(
+        self, tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
+    ) -> None:
+        """What the rewards saw is what stands behind the prompt when both are decoded together."""
+        for prompt, completion, text in zip(prompts, completions, texts):
+            before = tokenizer.decode(prompt.token_ids, skip_special_tokens=True)
+            both = tokenizer.decode([*prompt.token_ids, *completion.token_ids], skip_special_tokens=True)
+            # Decoders may trim or join at the border; white space is not what goes wrong here.
+            if "".join(both.split()) != "".join((before + text).split()):
+                self._fail("text", f"the model wrote {both[len(before) :]!r}, the rewards saw {text!r}")
+
+    def _bound(self, cause: str, message: str, gaps: Sequence[np.ndarray], tolerance: float) -> float:
+        values = np.concatenate([np.ravel(g) for g in gaps]) if gaps else np.zeros(1)
+        value = float(self._reduce(values)) if values.size else 0.0
+        if not value <= tolerance:
+            self._fail(cause, f"{message}: {self._word} {value:.3g}, tolerance {tolerance:.3g}")
+        return value
+
+    def _fail(self, cause: str, message: str) -> None:
+        raise AuditError(
+            f"audit: {message}. Likely causes: {_CAUSES[cause]}. Nothing was trained. "
+            "(audit.enabled=false trains regardless.)"
+        )

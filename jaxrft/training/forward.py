@@ -1,0 +1,44 @@
+"""Log-probabilities of responses under a model, aligned to the response."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrft.models.logprobs import projected_logprobs
+
+
+def response_logprobs(
+    model: Any,
+    tokens: Int[Array, "rows time"],
+    prompt_lengths: Int[Array, "rows"],
+    lengths: Int[Array, "rows"],
+    temperature: Float[Array, "rows response"],
+) -> tuple[Float[Array, "rows response"], Float[Array, "rows response"]]:
+    """Log-probability and entropy of each response token; prompts are never projected to the vocabulary.
+
+    Args:
+        model: a module with ``hidden`` and ``output_kernel``.
+        tokens: prompt and response, right-padded.
+        prompt_lengths: tokens of the prompt.
+        lengths: tokens of both.
+        temperature: each response token's own.
+
+    Returns:
+        float32; 0 past the length.
+    """
+    hidden = model.hidden(tokens, lengths)
+    # Column 0 of the response is predicted by the prompt's last token.
+    predicting = prompt_lengths[:, None] - 1 + jnp.arange(temperature.shape[1])
+    predicting = jnp.minimum(predicting, tokens.shape[1] - 2)
+    chosen = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
+    targets = jnp.take_along_axis(tokens, predicting + 1, axis=1)
+    logprobs, entropy = projected_logprobs(
+        chosen.reshape(-1, hidden.shape[-1]), model.output_kernel, targets.reshape(-1), temperature.reshape(-1)
+    )
+    valid = jnp.arange(temperature.shape[1]) < (lengths - prompt_lengths)[:, None]
+    zero = jnp.zeros((), jnp.float32)
+    shape = temperature.shape
+    return jnp.where(valid, logprobs.reshape(shape), zero), jnp.where(valid, entropy.reshape(shape), zero)

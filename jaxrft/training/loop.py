@@ -1,0 +1,337 @@
+"""One run of training, from the first rollout or from a checkpoint to the exported model."""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import numpy as np
+
+from jaxrft.config import parse
+from jaxrft.tracking import Tracker
+from jaxrft.tracking.timing import CompileCounter, PhaseTimer, peak_memory_bytes
+from jaxrft.training import metrics as measures
+from jaxrft.training import summary
+from jaxrft.training.audit import Audit
+from jaxrft.training.checkpoint import Checkpoints
+from jaxrft.training.interrupts import Interrupted, Interrupts
+from jaxrft.training.phases import Phases
+from jaxrft.training.rollouts import RolloutBatch, make_samples, shuffled, training_sampling
+from jaxrft.training.warm_start import supervised_samples, warm_start
+from jaxrft.training.watchdog import Watchdog
+from jaxrft.training.window import MetricWindow
+
+if TYPE_CHECKING:
+    from jaxrft.training.trainer import RLTrainer
+
+# Prompts of one rollout are drawn with consecutive seeds; warm start and evaluation use others.
+_WARM_START_SEED_OFFSET = 1
+
+
+class TrainingRun:
+    """Everything that lives as long as a run does; used in a ``with`` statement.
+
+    Args:
+        trainer: whose parts do the work.
+    """
+
+    def __init__(self, trainer: RLTrainer):
+        self.trainer, self.config = trainer, trainer.config
+        self.learner, self.folder = trainer.learner, trainer.folder
+        self.resumed = self.folder.claim(self.config.resume_from_checkpoint, parse.to_yaml(self.config))
+        # Where the run stands: rollouts done, tokens trained on, and the step of the last evaluation.
+        self.record: dict[str, Any] = {"rollouts": 0, "num_tokens": 0, "evaluated": None}
+        self.last_metrics: dict[str, float] = {}
+        self._stack = contextlib.ExitStack()
+        self._unaudited = self.config.audit.enabled
+        self._window = MetricWindow()
+        self._answers: RolloutBatch | None = None
+
+    # ------------------------------------------------------------------ opening and closing
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.checkpoints = Checkpoints(
+                self.folder.checkpoints,
+                limit=self.config.save_total_limit,
+                best_metric=self.config.metric_for_best_model,
+                greater_is_better=self.config.greater_is_better,
+            )
+            stack.callback(self.checkpoints.close)
+            self._restore()
+            self.tracker = stack.enter_context(self._make_tracker())
+            self.interrupts = stack.enter_context(Interrupts(self.tracker.message))
+            self.timer, self.compiles = PhaseTimer(), CompileCounter()
+            watchdog = Watchdog(self.config.watchdog, self.folder.path)
+            self.phases = Phases(self.tracker.console, self.timer, watchdog, self.interrupts.check)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        status = "completed" if kind is None else "interrupted" if kind is Interrupted else "failed"
+        self.tracker.close(status)
+        self._stack.close()
+
+    def _make_tracker(self) -> Tracker:
+        return Tracker(
+            self.folder.path,
+            run_name=self.config.run_name or self.folder.path.name,
+            report_to=self.config.report_to,
+            tracking=self.config.tracking,
+            config=parse.to_dict(self.config),
+            total_steps=self.trainer.total_steps,
+            resumed_step=self.learner.step if self.started else None,
+        )
+
+    @property
+    def started(self) -> bool:
+        """Whether RL has begun: this is false until a warm start is through."""
+        return bool(self.record.get("started"))
+
+    # ------------------------------------------------------------------ the run
+
+    def execute(self) -> dict[str, float]:
+        """Runs to the end, saved on the way.
+
+        Raises:
+            Interrupted: a signal came; what was done is saved.
+        """
+        self._announce()
+        try:
+            if not self.started:
+                self._begin()
+            elif self.learner.needs_reference:
+                self._load_reference()
+            self._hand_over()
+            while self.learner.step < self.trainer.total_steps:
+                self._boundary()
+                self._iterate()
+            return self._finish()
+        except Interrupted:
+            if self.started:
+                self._save()
+                self.checkpoints.wait()
+                self.tracker.message(
+                    f"saved at step {self.learner.step}; continue with output_dir={self.config.output_dir} "
+                    "resume_from_checkpoint=true"
+                )
+            raise
+
+    def _begin(self) -> None:
+        """All that comes before the first rollout: warm start, reference, and a checkpoint to return to."""
+        if self.config.warm_start.max_steps:
+            self._warm_start()
+        if self.learner.needs_reference:
+            self.learner.keep_reference()
+            self._reference_store().save(0, self.learner.reference, {}, {})
+        self.record["started"] = True
+        if self.config.save_steps is not None:
+            self._save()
+
+    def _boundary(self) -> None:
+        """Between two rollouts: the place where a run is whole, can be evaluated, saved and left."""
+        step = self.learner.step
+        due = self.config.eval_on_start if step == 0 else self._due(self.config.eval_steps)
+        if due and self.trainer.eval_prompts is not None and self.record["evaluated"] != step:
+            self._evaluate()
+        if step and self._due(self.config.save_steps):
+            self._save()
+        self.interrupts.check()
+
+    def _due(self, every: int | None) -> bool:
+        """Whether one of the steps since the last boundary was a multiple of ``every``."""
+        step, made = self.learner.step, self.config.updates_per_rollout
+        return every is not None and step // every > max(step - made, 0) // every
+
+    def _iterate(self) -> None:
+        """One rollout and the updates made on it."""
+        number = self.record["rollouts"]
+        rollout = self._roll_out(number)
+        self.interrupts.check()
+        samples = make_samples(rollout, self.config.mask_truncated_completions)
+        tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+        audit = Audit(self.config.audit, self.config.model.dtype) if self._unaudited else None
+        fresh_audit = audit if number == 0 else None
+        several = self.config.updates_per_rollout > 1
+        shared = measures.reward_metrics(rollout) | measures.length_metrics(rollout)
+        with self.phases("training", None):
+            if audit is not None:
+                self._audit(audit, rollout, samples)
+            if several:
+                samples = shuffled(samples, self.config.seed, number)
+            batch = self.learner.prepare(samples, score_old=several or fresh_audit is not None)
+            left = self.trainer.total_steps - self.learner.step
+            updates = list(self.learner.update(batch, left, fresh_audit))
+            self._hand_over()
+        self._unaudited = False
+        self.record["rollouts"] = number + 1
+        self.record["num_tokens"] += tokens
+        self._report(rollout, shared, updates, tokens)
+
+    def _roll_out(self, number: int) -> RolloutBatch:
+        prompts = [self.trainer.train_prompts.prompts[i] for i in self.trainer.order.indices(number)]
+        return self.trainer.collector.collect(
+            prompts,
+            self.config.num_generations,
+            training_sampling(self.config),
+            number * len(prompts),
+            self.phases,
+            self.trainer.recipe.advantage,
+        )
+
+    def _hand_over(self) -> None:
+        """Gives the engine and the module the arrays that now hold the policy."""
+        self.learner.publish()
+        self.trainer.engine.update_weights(self.learner.state.params, self.learner.step)
+
+    def _audit(self, audit: Audit, rollout: RolloutBatch, samples: list[Any]) -> None:
+        audit.check_texts(
+            self.trainer.tokenizer,
+            [rollout.prompt_of(i) for i in range(len(samples))],
+            rollout.completions,
+            rollout.texts,
+        )
+        batch = self.learner.prepare(samples, score_old=True)
+        flat = {name: np.asarray(getattr(batch, name)).reshape(len(samples), -1) for name in ("old_logprobs", "mask")}
+        trained = [s.trained for s in samples]
+        gap = audit.check_engine(rollout.completions, flat["old_logprobs"], flat["mask"], trained)
+        if self.learner.needs_reference and self.learner.step == 0:
+            reference = np.asarray(batch.ref_logprobs).reshape(len(samples), -1)
+            audit.check_reference(reference, flat["old_logprobs"], flat["mask"])
+        self.tracker.message(f"audit passed: engine and trainer agree within {gap:.1e} nats")
+
+    # ------------------------------------------------------------------ reports, evaluation, checkpoints
+
+    def _report(
+        self, rollout: RolloutBatch, shared: dict[str, float], updates: list[dict[str, float]], tokens: int
+    ) -> None:
+        seconds = self.timer.take()
+        shared |= seconds | self.compiles.take()
+        shared |= measures.throughput(seconds, int(rollout.lengths.sum()), tokens * self.config.num_iterations)
+        shared |= {
+            "epoch": self.trainer.order.epoch(self.record["rollouts"]),
+            "num_tokens": self.record["num_tokens"],
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        first = self.learner.step - len(updates)
+        for number, update in enumerate(updates, start=first + 1):
+            self._window.add(shared | update)
+            if number % self.config.logging_steps == 0 or number == self.trainer.total_steps:
+                self.last_metrics = self._window.take()
+                self.tracker.log(number, self.last_metrics)
+        if self.config.log_completions:
+            self.tracker.log_completions(self.learner.step, measures.completion_rows(rollout))
+        if self.config.num_completions_to_print:
+            self._print_completions(rollout)
+
+    def _print_completions(self, rollout: RolloutBatch) -> None:
+        rows = measures.completion_rows(rollout)[: self.config.num_completions_to_print]
+        self.tracker.console.table(
+            f"Completions of step {self.learner.step}",
+            ["prompt", "completion", "reward"],
+            [[str(r["prompt"]), str(r["completion"]), str(r["reward"])] for r in rows],
+        )
+
+    def _evaluate(self) -> None:
+        self._answers = self.trainer.answer_held_out(self.phases)
+        metrics = measures.evaluation_metrics(self._answers) | self.timer.take() | self.compiles.take()
+        self.record["evaluated"] = self.learner.step
+        self.last_metrics |= metrics
+        self.tracker.log(self.learner.step, metrics)
+        if self.config.metric_for_best_model is not None:
+            self._save()
+
+    def _save(self) -> None:
+        numbers = {k: v for k, v in self.last_metrics.items() if np.isfinite(v)}
+        with self.phases("checkpoint"):
+            self.checkpoints.save(self.learner.step, self.learner.state, self.record, numbers)
+
+    def _finish(self) -> dict[str, float]:
+        if self.trainer.eval_prompts is not None and self.record["evaluated"] != self.learner.step:
+            self._evaluate()
+        self._save()
+        with self.phases("checkpoint"):
+            self.checkpoints.wait()
+            self.trainer.save_model()
+        summary.show(self.tracker, self.folder, self._answers)
+        return self.last_metrics
+
+    def _restore(self) -> None:
+        if not self.resumed:
+            return
+        restored = self.checkpoints.restore(self.learner.state)
+        if restored is None:
+            print(f"{self.folder.path} has no checkpoint yet: the run starts from its beginning")
+            return
+        self.checkpoints.forget_after(restored.step)
+        self.learner.state = restored.state
+        self.record = restored.record
+
+    def _reference_store(self) -> Checkpoints:
+        return self._stack.enter_context(contextlib.closing(Checkpoints(self.folder.reference, limit=1)))
+
+    def _load_reference(self) -> None:
+        restored = self._reference_store().restore(self.learner.state.params)
+        if restored is None:
+            raise FileNotFoundError(f"{self.folder.reference}: the reference model of this run is missing")
+        self.learner.reference = restored.state
+
+    # ------------------------------------------------------------------ before RL
+
+    def _announce(self) -> None:
+        config, trainer = self.config, self.trainer
+        size = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(self.learner.state.params))
+        dropped = trainer.train_prompts.dropped
+        rows = [
+            ("model", f"{size / 1e6:.2f}M parameters, {config.model.dtype}"),
+            ("algorithm", f"{config.algorithm.recipe}: {trainer.recipe.policy}"),
+            (
+                "prompts",
+                f"{len(trainer.train_prompts.prompts)}" + (f" ({dropped} too long, dropped)" if dropped else ""),
+            ),
+            ("rollout", f"{config.rollout_prompts} prompts x {config.num_generations} completions"),
+            ("updates", f"{config.updates_per_rollout} a rollout, {trainer.total_steps} in all"),
+            ("devices", f"{trainer.mesh.size} x {trainer.mesh.devices.flat[0].device_kind}"),
+            ("folder", str(self.folder.path)),
+        ]
+        if trainer.eval_prompts is not None:
+            rows.insert(3, ("held out", f"{len(trainer.eval_prompts.prompts)} prompts"))
+        if self.started:
+            rows.append(("continues", f"from step {self.learner.step}"))
+        self.tracker.console.banner("jaxrft", rows)
+
+    def _warm_start(self) -> None:
+        """The supervised stage; interrupted, it starts anew."""
+        settings = self.config.warm_start
+        prompts = self.trainer.train_prompts.prompts
+        samples = supervised_samples(prompts, settings.answer_column, self.trainer.tokenizer)
+
+        def accuracy(params: Any, step: int) -> float:
+            self.interrupts.check()
+            if self.trainer.eval_prompts is None:
+                return 0.0
+            self.trainer.engine.update_weights(params, -1)
+            answers = self.trainer.answer_held_out(self.phases)
+            expected = [str(answers.prompt_of(i).columns[settings.answer_column]) for i in range(len(answers.texts))]
+            return float(np.mean([text == wanted for text, wanted in zip(answers.texts, expected)]))
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            self.tracker.log(step, {"stage": "warm_start", "steps": settings.max_steps, **metrics})
+
+        report(0, {"eval/accuracy": accuracy(self.learner.state.params, 0)})
+        params, _ = warm_start(
+            settings,
+            self.learner.graphdef,
+            self.learner.state.params,
+            samples,
+            seed=self.config.seed + _WARM_START_SEED_OFFSET,
+            accuracy=accuracy,
+            report=report,
+        )
+        self.timer.take()
+        self.learner.reset(params)
+        self._hand_over()

@@ -1,0 +1,94 @@
+"""Builds what a trainer is made of, from a config or from what the caller brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from jaxrft import algorithms as alg
+from jaxrft import data, models, rewards
+from jaxrft.config import ConfigError, RLConfig
+from jaxrft.data.prompts import PromptSet
+from jaxrft.rollout import NativeEngine
+
+
+def build_tokenizer(config: RLConfig, model: str | Path | nnx.Module | None, given: Any) -> Any:
+    """The tokenizer given, the one the config names, or the model's own."""
+    if given is not None:
+        return given
+    source = config.model.tokenizer or (model if isinstance(model, str | Path) else config.model.path)
+    if source is None:
+        raise ConfigError("model.tokenizer: got None; a model given as a module needs tokenizer=... or model.tokenizer")
+    return data.load_tokenizer(str(source), config.data.chat_template)
+
+
+def build_model(config: RLConfig, model: str | Path | nnx.Module | None, tokenizer: Any, mesh: Any) -> nnx.Module:
+    """The module given, or one loaded or made as the config says."""
+    if isinstance(model, nnx.Module):
+        return model
+    source = model if model is not None else config.model.path
+    if source is not None:
+        return models.load(str(source), dtype=config.model.dtype, mesh=mesh)
+    if config.model.scratch is None:
+        raise ConfigError("model.path: got None; name a folder or hub model, or describe one in model.scratch")
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    described = {"vocab_size": len(tokenizer), **special, **config.model.scratch}
+    return models.from_config(described, dtype=config.model.dtype, seed=config.seed, mesh=mesh)
+
+
+def build_prompts(config: RLConfig, dataset: Any, tokenizer: Any, name: str) -> PromptSet | None:
+    """Prompts of the dataset given or of the one that ``data.<name>`` names; None where there is neither."""
+    settings = config.data
+    source = dataset if dataset is not None else getattr(settings, name)
+    if source is None:
+        return None
+    split, limit = {
+        "train": (settings.train_split, settings.max_train_samples),
+        "eval": (settings.eval_split, settings.max_eval_samples),
+    }[name]
+    rows = data.load_rows(source, split=split, arguments=settings.arguments, limit=limit)
+    return data.make_prompts(
+        rows,
+        tokenizer,
+        columns=settings.columns,
+        system_prompt=settings.system_prompt,
+        max_prompt_length=config.max_prompt_length,
+        overlong=settings.overlong_prompts,
+        name=name,
+    )
+
+
+def build_rewards(config: RLConfig, functions: Sequence[Callable] | Callable | None) -> rewards.RewardSet:
+    """The rewards given, or those the config names."""
+    if functions is None:
+        settings = config.rewards
+        if not settings.functions:
+            raise ConfigError("rewards.functions: got none; name at least one, such as exact_match or file.py:function")
+        functions = rewards.load_rewards(settings.functions, settings.arguments, settings.timeout)
+    functions = list(functions) if isinstance(functions, Sequence) else [functions]
+    if config.reward_weights is not None and len(config.reward_weights) != len(functions):
+        raise ConfigError(f"reward_weights: got {len(config.reward_weights)} weights for {len(functions)} rewards")
+    return rewards.RewardSet(functions, config.reward_weights, config.rewards.on_error)
+
+
+def build_recipe(config: RLConfig) -> alg.Recipe:
+    """The named recipe with the config's changes."""
+    try:
+        recipe = alg.recipe(config.algorithm.recipe)
+    except ValueError as error:
+        raise ConfigError(f"algorithm.{error}") from error
+    return recipe.with_overrides({"constant_length": config.max_completion_length, **config.algorithm_overrides})
+
+
+def build_engine(config: RLConfig, model: nnx.Module, tokenizer: Any) -> NativeEngine:
+    """The engine, with room for the longest prompt and completion."""
+    return NativeEngine(
+        model,
+        tokenizer,
+        max_slots=config.rollout.max_slots,
+        max_length=config.max_prompt_length + config.max_completion_length,
+        decode_chunk=config.rollout.decode_chunk,
+    )

@@ -1,0 +1,143 @@
+"""The trainer of reinforcement fine-tuning, as its users see it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from jaxrft import models
+from jaxrft.config import ConfigError, RLConfig, environment
+from jaxrft.data.order import PromptOrder
+from jaxrft.parallel import make_mesh
+from jaxrft.tracking.console import Console
+from jaxrft.tracking.timing import PhaseTimer
+from jaxrft.training import parts
+from jaxrft.training.collector import Collector
+from jaxrft.training.folder import RunFolder
+from jaxrft.training.learner import Learner
+from jaxrft.training.metrics import evaluation_metrics
+from jaxrft.training.phases import Phases
+from jaxrft.training.rollouts import RolloutBatch, evaluation_sampling
+
+
+class RLTrainer:
+    """Reinforcement fine-tuning of a model by GRPO or one of its relatives.
+
+    What is not given is taken from the config.
+
+    Args:
+        model: a folder, a hub name, or a module (which then needs ``tokenizer``). A module's parameters are
+            trained in place: it holds the trained ones at the end.
+        config: all settings.
+        reward_funcs: one or several functions ``(prompts, completions, **columns) -> list[float | None]``.
+        train_dataset: rows with a column ``prompt``: a ``datasets.Dataset``, a list of dicts, or a path.
+        eval_dataset: the same, held out.
+        tokenizer: a ``transformers`` tokenizer.
+
+    Raises:
+        ConfigError: something is missing, or does not fit; nothing has been written then.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nnx.Module | None = None,
+        config: RLConfig | None = None,
+        reward_funcs: Sequence[Callable] | Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        tokenizer: Any = None,
+    ):
+        self.config = config or RLConfig()
+        environment.apply(self.config.parallel)
+        self.folder = RunFolder(self.config.output_dir)
+        self.recipe = parts.build_recipe(self.config)
+        self.rewards = parts.build_rewards(self.config, reward_funcs)
+        self.tokenizer = parts.build_tokenizer(self.config, model, tokenizer)
+        self.train_prompts = parts.build_prompts(self.config, train_dataset, self.tokenizer, "train")
+        self.eval_prompts = parts.build_prompts(self.config, eval_dataset, self.tokenizer, "eval")
+        for prompts in (self.train_prompts, self.eval_prompts):
+            if prompts is not None:
+                self.rewards.check(prompts.prompts[0].columns)
+        self.order = self._make_order()
+        self.mesh = self._make_mesh()
+        self.model = parts.build_model(self.config, model, self.tokenizer, self.mesh)
+        self.learner = Learner(self.config, self.recipe, self.model, self.mesh, self.total_steps)
+        self.learner.publish()
+        self.engine = parts.build_engine(self.config, self.model, self.tokenizer)
+        self.collector = Collector(self.engine, self.tokenizer, self.rewards)
+
+    def train(self) -> dict[str, float]:
+        """Runs, or continues, the training that the config describes.
+
+        Returns:
+            The last metrics, with those of the final evaluation.
+
+        Raises:
+            ConfigError: the run's folder is taken, or there are no training prompts.
+            Interrupted: Ctrl-C or SIGTERM; the run is saved and can be continued.
+            AuditError: the numbers of the first update contradict each other.
+        """
+        from jaxrft.training.loop import TrainingRun
+
+        if self.train_prompts is None:
+            raise ConfigError("data.train: got None; name the training prompts, or give train_dataset=...")
+        try:
+            with TrainingRun(self) as run:
+                return run.execute()
+        finally:
+            self.learner.publish()
+
+    def evaluate(self) -> dict[str, float]:
+        """Answers every held-out prompt once (``num_generations_eval`` times) and scores the answers.
+
+        Training state is not touched.
+
+        Returns:
+            Metrics with the prefix ``eval/``.
+
+        Raises:
+            ConfigError: there are no held-out prompts.
+        """
+        phases = Phases(Console(self.config.tracking.progress), PhaseTimer())
+        return evaluation_metrics(self.answer_held_out(phases))
+
+    def answer_held_out(self, phases: Phases) -> RolloutBatch:
+        """The answers and scores behind :meth:`evaluate`."""
+        if self.eval_prompts is None:
+            raise ConfigError("data.eval: got None; name the held-out prompts, or give eval_dataset=...")
+        sampling = evaluation_sampling(self.config)
+        # Evaluation draws from seeds of its own, the same at every step.
+        return self.collector.collect(
+            self.eval_prompts.prompts, self.config.num_generations_eval, sampling, 0, phases, phase="evaluation"
+        )
+
+    def save_model(self, folder: str | Path | None = None) -> Path:
+        """Writes model and tokenizer in Hugging Face format; None: to ``final`` in the run's folder."""
+        target = Path(folder) if folder is not None else self.folder.final
+        self.learner.publish()
+        models.save(self.model, target, tokenizer=self.tokenizer)
+        return target
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.config.max_steps > 0 or self.order is None:
+            return max(self.config.max_steps, 1)
+        rollouts = math.ceil(self.config.num_train_epochs * self.order.rollouts_per_epoch)
+        return rollouts * self.config.updates_per_rollout
+
+    def _make_order(self) -> PromptOrder | None:
+        if self.train_prompts is None:
+            return None
+        count, batch = len(self.train_prompts.prompts), self.config.rollout_prompts
+        return PromptOrder(count, batch, seed=self.config.seed, shuffle=self.config.shuffle_dataset)
+
+    def _make_mesh(self) -> Any:
+        try:
+            return make_mesh(self.config.parallel.replica)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error

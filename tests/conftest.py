@@ -1,0 +1,78 @@
+"""What all tests share: the platform, the compilation cache, seeds, snippets in processes of their own.
+
+Tests run on the CPU with one device. ``pytest -m gpu`` leaves JAX its own choice of platform.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the environment before any test module imports JAX."""
+    markers = config.option.markexpr or ""
+    if "gpu" not in markers:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+    # JAX writes an entry in place, so another process may read half of it: one folder a worker.
+    cache = ROOT / ".pytest_cache" / "xla"
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)).startswith(str(cache)):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / os.environ.get("PYTEST_XDIST_WORKER", "main"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the GPU's tests where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import jax
+
+    if jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU; there, run: pytest -m gpu")
+        for item in marked:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """The same random numbers in every run, for code that draws from the global generators."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a snippet of Python in a process of its own and returns what it came to.
+
+    Arguments: the code; ``devices``, its number of virtual CPU devices; ``check``, whether it must
+    succeed; ``timeout`` in seconds; and environment variables by name (None removes one).
+    """
+
+    def run(
+        code: str, *, devices: int | None = None, check: bool = True, timeout: float = 300, **environment: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        merged = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        if devices is not None:
+            merged |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        env = {name: value for name, value in merged.items() if value is not None}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, env=env, check=False
+        )
+        if check:
+            assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
