@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def groups() -> Iterator[Group]:
     """All fields of a config: those of the top level by subject, then one group a section."""
     top = [field for field in dataclasses.fields(RLConfig) if not is_section(_hints(RLConfig)[field.name])]
     starts = [*(index for index, field in enumerate(top) if field.name in GROUPS), len(top)]
-    for start, end in zip(starts, starts[1:]):
+    for start, end in itertools.pairwise(starts):
         yield Group(GROUPS[top[start].name], "", [_entry(RLConfig, field, "") for field in top[start:end]])
     for name, hint in _hints(RLConfig).items():
         if is_section(hint):

@@ -85,7 +85,7 @@ def nearest(key: str, known: Iterable[str]) -> list[str]:
     same_name = [path for path in known if path.rpartition(".")[2] == name]
     other_name = OTHER_NAMES.get(key) or OTHER_NAMES.get(name)
     if other_name or same_name:
-        return list(dict.fromkeys([*same_name, *([other_name] if other_name else [])]))[:3]
+        return list(dict.fromkeys([*([other_name] if other_name else []), *same_name]))[:3]
     scores = {path: _likeness(key, path) for path in known}
     bar = max(0.65, max(scores.values()) - 0.1)
     return sorted((path for path in known if scores[path] >= bar), key=lambda path: -scores[path])[:3]

@@ -38,14 +38,20 @@ def read_files(paths: Sequence[Path], name: str) -> Rows:
 
 def _read_tables(paths: Sequence[Path], kind: str, name: str) -> Rows:
     import datasets
+    from datasets.utils import are_progress_bars_disabled
 
     # Empty fields alone are None: "NA", "None" or "nan" may well be answers.
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    bars = not are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(kind, data_files=[str(path) for path in paths], split="train", **options)
     except Exception as error:
         places = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
         raise ConfigError(f"{name}: {places} cannot be read: {first_line(error.__cause__ or error)}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _read_json(path: Path, where: str) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def read_folder(folder: Path, split: str, name: str) -> Rows:
     if _has_card(folder):
         return _load(str(folder), None, split, f"{name}: {folder}")
     found = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    files = [p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
+    files = [p for p in found if _is_data(p.relative_to(folder))]
     if not files:
         raise ConfigError(f"{name}: the folder {folder} holds no {', '.join(SUFFIXES)} file and no saved dataset")
     if named := [path for path in files if path.stem == split]:
@@ -94,6 +94,11 @@ def _read_saved(folder: Path, split: str, name: str) -> Rows:
     except Exception as error:
         raise ConfigError(f"{name}: the saved dataset {folder} cannot be read: {first_line(error)}") from error
     return _pick(saved, split, f"{name}: {folder}") if isinstance(saved, Mapping) else saved
+
+
+def _is_data(path: Path) -> bool:
+    about = path.name in ("dataset_info.json", "dataset_infos.json")
+    return not about and not any(part.startswith((".", "_")) for part in path.parts)
 
 
 def _has_card(folder: Path) -> bool:

@@ -144,9 +144,10 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, 
 def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[int]:
     """Tokens of a text that goes on: without the end that some tokenizers put to it."""
     token_ids = encode_text(tokenizer, text, where, special_tokens=True)
-    end = tokenizer.eos_token_id
-    if token_ids and token_ids[-1] == end and encode_text(tokenizer, text, where)[-1:] != [end]:
-        token_ids.pop()
+    if token_ids[-1:] == [tokenizer.eos_token_id]:
+        bare = encode_text(tokenizer, text, where)
+        if token_ids[:-1][-len(bare) :] == bare:  # the end is the tokenizer's, not the text's own
+            token_ids.pop()
     return token_ids
 
 

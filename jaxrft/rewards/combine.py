@@ -81,11 +81,13 @@ class RewardSet:
         self.check(samples.columns)
         begun = {call.name: self._loop.submit(call(samples)) for call in self._calls if call.is_async}
         try:
-            results = {call.name: self._finish(call, samples, begun.get(call.name)) for call in self._calls}
+            # The others while those run.
+            in_turn = sorted(self._calls, key=lambda call: call.is_async)
+            results = {call.name: self._finish(call, samples, begun.get(call.name)) for call in in_turn}
         finally:
             for future in begun.values():
                 future.cancel()
-        components = {name: values for name, (values, _) in results.items()}
+        components = {name: results[name][0] for name in self.names}
         return Scores(
             total=_weighted_sum(list(components.values()), self.weights),
             components=components,

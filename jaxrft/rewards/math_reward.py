@@ -47,9 +47,11 @@ class MathReward:
     def __init__(self, *, timeout: float = 5.0, workers: int | None = None, memory: float = 2.0) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise ConfigError("rewards.functions: math needs the package math-verify: pip install math-verify")
-        for name, value in {"timeout": timeout, "workers": 1 if workers is None else workers, "memory": memory}.items():
+        for name, value in {"timeout": timeout, "memory": memory}.items():
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ConfigError(f"rewards.arguments.math.{name}: got {value!r}, takes a number above 0")
+        if workers is not None and not (isinstance(workers, int) and workers > 0):
+            raise ConfigError(f"rewards.arguments.math.workers: got {workers!r}, takes a whole number above 0")
         self.__name__ = "math"
         self.timeout = timeout
         self.workers = workers or min(4, os.cpu_count() or 1)

@@ -16,10 +16,12 @@ def fixed(digits: int) -> Callable[[float], str]:
 
 
 def compact(value: float) -> str:
-    """Three significant digits: plain where that is short, else with an exponent."""
+    """About three digits: plain where that is short, else with an exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    return f"{value:.3g}" if 1e-2 <= abs(value) < 1e4 else f"{value:.1e}"
+    if 100 <= abs(value) < 1e5:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if 1e-2 <= abs(value) < 100 else f"{value:.1e}"
 
 
 def percent(value: float) -> str:

@@ -61,7 +61,11 @@ class Checkpoints:
                 value = metrics.get(best_metric)
                 return worst if value is None else float(value)
 
-            keep.append(policies.BestN(get_metric_fn=best_fn, reverse=not greater_is_better, n=1))
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=best_fn, reverse=not greater_is_better, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(

@@ -122,15 +122,13 @@ class TrainingRun:
             raise
 
     def _begin(self) -> None:
-        """All that comes before the first rollout: warm start, reference, and a checkpoint to return to."""
+        """All that comes before the first rollout: warm start and reference."""
         if self.config.warm_start.max_steps:
             self._warm_start()
         if self.learner.needs_reference:
             self.learner.keep_reference()
             self._reference_store().save(0, self.learner.reference, {}, {})
         self.record["started"] = True
-        if self.config.save_steps is not None:
-            self._save()
 
     def _boundary(self) -> None:
         """Between two rollouts: the place where a run is whole, can be evaluated, saved and left."""
@@ -138,7 +136,7 @@ class TrainingRun:
         due = self.config.eval_on_start if step == 0 else self._due(self.config.eval_steps)
         if due and self.trainer.eval_prompts is not None and self.record["evaluated"] != step:
             self._evaluate()
-        if step and self._due(self.config.save_steps):
+        if self.config.save_steps is not None and (step == 0 or self._due(self.config.save_steps)):
             self._save()
         self.interrupts.check()
 

@@ -34,7 +34,10 @@ def show(tracker: Tracker, folder: RunFolder, answers: RolloutBatch | None) -> N
     curve = learning_curve(folder.path, folder.metrics)
     rows = held_out_by_stage(read_metrics(folder.metrics))
     if rows:
-        console.banner("On held-out prompts", [(name, f"{value:.1%}") for name, value in rows])
+        console.banner(
+            "On held-out prompts",
+            [(name, f"{value:.1%}" if name.startswith("accuracy") else f"{value:.3f}") for name, value in rows],
+        )
     if answers is not None:
         console.table(
             "Sample answers to held-out prompts",

@@ -12,7 +12,6 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 from jaxrft.config import WatchdogConfig
 
@@ -65,7 +64,6 @@ class Watchdog:
         self.grace = grace
         self.lock = threading.Lock()
         self._open: list[_Watched] = []
-        self._handler_before: Any = None
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Watches what is inside the ``with`` block. Phases may nest; the first to run out of time counts.
@@ -82,8 +80,9 @@ class Watchdog:
     def add(self, watched: _Watched) -> None:
         """Takes a phase that begins."""
         with self.lock:
-            if watched.in_main and not any(other.in_main for other in self._open):
-                self._handler_before = signal.signal(_SIGNAL, self._on_signal)
+            if watched.in_main:
+                # Stays for good: a signal on its way while the default came back would end the process.
+                signal.signal(_SIGNAL, self._on_signal)
             self._open.append(watched)
             self._set_last_resort()
 
@@ -92,8 +91,6 @@ class Watchdog:
         with self.lock:
             self._open.remove(watched)
             self._set_last_resort()
-            if watched.in_main and not any(other.in_main for other in self._open):
-                signal.signal(_SIGNAL, self._handler_before)
 
     def _set_last_resort(self) -> None:
         faulthandler.cancel_dump_traceback_later()
@@ -153,8 +150,9 @@ class _Watched:
         self._report()
         give_up = time.monotonic() + self._watchdog.grace
         while time.monotonic() < give_up:
-            if self.in_main and not self.raised:
-                signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
+            with self._watchdog.lock:
+                if self.in_main and not self.raised and not self._ended.is_set():
+                    signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
             if self._ended.wait(min(_RESEND, max(give_up - time.monotonic(), 0.0))):
                 return
         late = f"{self._watchdog.grace:g} s after its time-out"

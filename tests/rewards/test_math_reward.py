@@ -1,0 +1,175 @@
+"""The mathematics reward: what it accepts, and that nothing in an answer can hang or outlive the trainer."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from jaxrft.rewards import MathReward
+
+# Each computes for minutes or for ever, most of them without letting another thread of the interpreter run.
+HOSTILE = [
+    "9^9^9^9^9",
+    "$9^{9^{9^{9^{9}}}}$",
+    r"\boxed{10^{10^{10^{10}}}}",
+    r"\boxed{(10^9)!}",
+    r"$\binom{10^{9}}{5 \cdot 10^8}$",
+    r"$\sum_{n=1}^{10^{9}} \frac{1}{n^n}$",
+    "$" + "(" * 3000 + "1" + ")" * 3000 + "$",
+    "9**9**9**9**9",
+    r"\boxed{" * 3000,
+]
+
+
+@pytest.fixture(scope="module")
+def reward():
+    with_limit = MathReward(timeout=1.0, workers=2, memory=1.0)
+    with_limit.start()
+    yield with_limit
+    with_limit.close()
+
+
+def grade(reward, *pairs):
+    return reward(completions=[completion for completion, _ in pairs], answer=[answer for _, answer in pairs])
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("the sum is 46", "46", 1),
+        ("12+34=46", 46, 1),
+        ("the sum is 45", 46.0, 0),
+        (r"first \boxed{45}, I mean: \boxed{46}" * 0 + r"so \boxed{0.5}", r"\frac{1}{2}", 1),
+        ("$x = 1/3$", "x=\\frac13", 1),
+        (r"$\frac{2}{4}$", "1/2", 1),
+        (r"\boxed{2\sqrt{3}}", r"$\sqrt{12}$", 1),
+        (r"\boxed{(x+1)^2}", r"x^2+2x+1", 1),
+        (r"\boxed{(x+1)^2}", r"x^2+2x-1", 0),
+        ("1,234", "1234", 1),
+        ("72", "48/2 = <<48/2=24>>24 in May.\n#### 72", 1),
+        ("no number at all", "46", 0),
+        ("", "46", 0),
+        ("46", None, None),
+        ("46", " ", None),
+        ("lone surrogate \ud800 46", "46", 1),
+    ],
+)
+def test_grades(reward, completion, answer, score):
+    assert grade(reward, (completion, answer)) == [score]
+
+
+def test_chat_completions_and_other_columns(reward):
+    chat = [[{"role": "assistant", "content": "\\boxed{46}"}], [{"role": "assistant", "content": "7"}]]
+    assert reward(completions=chat, answer=["46", "46"], prompts=["a", "b"], level=[1, 2]) == [1, 0]
+
+
+def test_a_large_batch_keeps_its_order(reward):
+    wanted = list(range(400))
+    answers = [n if n % 3 else n + 1 for n in wanted]
+    padding = "x " * 2000  # more than a pipe holds
+    assert grade(reward, *[(f"{padding}{n}", a) for n, a in zip(wanted, answers)]) == [float(n % 3 > 0) for n in wanted]
+
+
+def test_hostile_answers_are_wrong_within_the_limit_and_others_unharmed(reward):
+    reward.pop_metrics()
+    pairs = [pair for text in HOSTILE for pair in ((text, "46"), ("46", "46"))]
+    beats, stop = [], threading.Event()
+
+    def beat():
+        while not stop.wait(0.05):
+            beats.append(time.monotonic())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    start = time.monotonic()
+    scores = grade(reward, *pairs, ("46", HOSTILE[0]))
+    elapsed = time.monotonic() - start
+    stop.set()
+    thread.join()
+    assert scores == [0.0, 1.0] * len(HOSTILE) + [0.0]
+    assert elapsed < reward.timeout * len(HOSTILE) / reward.workers + 8
+    assert reward.pop_metrics()["timeouts"] >= 5
+    assert reward.pop_metrics() == {"timeouts": 0.0, "died": 0.0}
+    assert max(b - a for a, b in zip(beats, beats[1:])) < 1.0, "the trainer's threads go on"
+    assert grade(reward, ("46", "46"), ("45", "46")) == [1, 0]
+
+
+def test_workers_are_limited_light_and_few(reward):
+    grade(reward, ("46", "46"))
+    (server,) = [p for p in psutil.Process().children() if "math_server.py" in " ".join(p.cmdline())]
+    assert len(server.children()) == 2
+    assert os.getsid(server.pid) != os.getsid(0), "Ctrl-C in the trainer's terminal does not reach it"
+    for process in (server, *server.children()):
+        assert not any("jax" in m.path or "torch" in m.path for m in process.memory_maps())
+    for child in server.children():
+        assert child.rlimit(psutil.RLIMIT_AS) == (2**30, 2**30)
+
+
+def test_a_call_that_is_interrupted_leaves_no_stale_reply(reward):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            grade(reward, (HOSTILE[0], "46"), ("46", "46"), ("46", "46"))
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert grade(reward, ("45", "46")) == [0]
+
+
+def test_killed_or_closed_processes_start_again(reward):
+    (server,) = psutil.Process().children()
+    children = server.children()
+    server.kill()
+    server.wait()
+    assert grade(reward, ("46", "46")) == [1]
+    psutil.wait_procs(children, 5)
+    assert not any(child.is_running() for child in children)
+    reward.close()
+    reward.close()
+    assert psutil.Process().children() == []
+    assert grade(reward, ("46", "46")) == [1]
+
+
+def test_a_server_that_ends_in_a_call_is_an_error(reward):
+    grade(reward, ("46", "46"))
+    (server,) = psutil.Process().children()
+    timer = threading.Timer(0.3, server.kill)
+    timer.start()
+    with pytest.raises(RuntimeError, match="ended by themselves"):
+        grade(reward, (HOSTILE[0], "46"))
+    timer.join()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_no_process_outlives_a_killed_trainer(busy):
+    code = f"""
+import psutil
+from jaxrft.rewards import MathReward
+reward = MathReward(timeout=300.0, workers=2)
+reward(completions=["46"], answer=["46"])
+print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
+reward(completions={[HOSTILE[0], HOSTILE[3]]!r}, answer=["46", "46"]) if {busy} else input()
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    processes = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
+    assert len(processes) == 3
+    if busy:
+        deadline = time.monotonic() + 30
+        while max(p.cpu_times().user for p in processes) < 0.5:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert all(p.is_running() for p in processes)
+    trainer.kill()
+    trainer.communicate()
+    _, alive = psutil.wait_procs(processes, 5)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,142 @@
+"""A run that is interrupted and resumed is the run that never was; damaged checkpoints are passed over."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tests.training.tiny import ROWS, digits, tiny_config
+
+from jaxrft import RLTrainer
+from jaxrft.config import ConfigError
+from jaxrft.tracking import read_metrics
+from jaxrft.training import Interrupted
+
+SETTINGS = {
+    "max_steps": 6,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 2,
+    "beta": 0.05,
+    "warmup_steps": 2,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "save_total_limit": 3,
+}
+
+
+def make_trainer(folder, reward=digits, **changes):
+    config = tiny_config(folder, **SETTINGS | changes)
+    return RLTrainer(config=config, reward_funcs=reward, train_dataset=ROWS[:-4], eval_dataset=ROWS[-4:])
+
+
+def signalling(calls, number):
+    """A reward that sends a signal to this process in its ``calls``-th call."""
+    count = 0
+
+    def digits_then_signal(**columns):
+        nonlocal count
+        count += 1
+        if count == calls:
+            os.kill(os.getpid(), number)
+        return digits(**columns)
+
+    digits_then_signal.__name__ = "digits"
+    return digits_then_signal
+
+
+def lasting(record):
+    """A record without what depends on the clock and the machine."""
+    moving = ("time", "compiles", "tokens_per_second", "peak_memory")
+    return {k: v for k, v in record.items() if not k.startswith(moving)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("whole") / "run")
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(("calls", "number"), [(4, signal.SIGINT), (6, signal.SIGTERM)])
+def test_interrupted_and_resumed_is_bit_equal(whole, tmp_path, calls, number):
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path / "run", signalling(calls, number)).train()
+    stopped_at = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert 0 < stopped_at < 6
+    resumed = make_trainer(tmp_path / "run", resume_from_checkpoint=True)
+    resumed.train()
+    pairs = zip(*map(jax.tree.leaves, (whole.learner.state, resumed.learner.state)))
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    expected = [lasting(r) for r in read_metrics(whole.folder.metrics)]
+    assert [lasting(r) for r in read_metrics(resumed.folder.metrics)] == expected
+    for name in sorted(os.listdir(whole.folder.path / "completions")):
+        ours, theirs = (f.path / "completions" / name for f in (resumed.folder, whole.folder))
+        assert ours.read_text() == theirs.read_text()
+
+
+def damage(folder, how):
+    files = [p for p in (folder / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
+    assert files
+    for path in files:
+        data = bytearray(path.read_bytes())
+        if how == "truncated":
+            data = data[: len(data) // 2]
+        else:
+            data[len(data) // 2] ^= 0xFF
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys, how):
+    shutil.copytree(whole.folder.path, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(os.listdir(checkpoints)) == ["2", "4", "6"]
+    damage(checkpoints / "6", how)
+    resumed = make_trainer(tmp_path / "run", resume_from_checkpoint=True)
+    resumed.train()
+    said = capsys.readouterr().out
+    assert "checkpoints/6 cannot be read" in said
+    assert "from step 4" in said
+    pairs = zip(*map(jax.tree.leaves, (whole.learner.state, resumed.learner.state)))
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_no_readable_checkpoint_is_an_error(whole, tmp_path):
+    shutil.copytree(whole.folder.path, tmp_path / "run")
+    for step in ("2", "4", "6"):
+        damage(tmp_path / "run" / "checkpoints" / step, "truncated")
+    with pytest.raises(ConfigError, match="none of the checkpoints"):
+        make_trainer(tmp_path / "run", resume_from_checkpoint=True).train()
+
+
+def test_best_checkpoint_is_kept(tmp_path):
+    """The first evaluation is the best of a run whose reward falls."""
+    calls = iter(range(100))
+
+    def falling(completions, **_):
+        value = -next(calls)
+        return [value + 0.1 * (i % 2) for i in range(len(completions))]
+
+    trainer = make_trainer(tmp_path / "run", falling, metric_for_best_model="eval/reward", save_total_limit=1)
+    trainer.train()
+    assert sorted(os.listdir(trainer.folder.checkpoints)) == ["0", "6"]
+    smaller = make_trainer(
+        tmp_path / "small", falling, metric_for_best_model="eval/reward", save_total_limit=1, greater_is_better=False
+    )
+    smaller.train()
+    assert sorted(os.listdir(smaller.folder.checkpoints)) == ["6"]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
+    before = json.loads(json.dumps(read_metrics(whole.folder.metrics)))
+    with pytest.raises(ConfigError, match="already holds a run.*resume_from_checkpoint=true"):
+        make_trainer(whole.folder.path).train()
+    assert read_metrics(whole.folder.metrics) == before
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        make_trainer(tmp_path / "none", resume_from_checkpoint=True).train()
