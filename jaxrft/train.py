@@ -6,6 +6,7 @@ chosen only then.
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from jaxrft.config.help import USAGE, help_text
 from jaxrft.config.parse import parse, to_yaml
 
 USER_ERROR = 2
+# Task -> the module whose run(config) does it. Imported only then: they import JAX.
+TASKS = {"rl": "jaxrft.training.run"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,9 +50,7 @@ def _show(flag: str, arguments: Sequence[str]) -> None:
 def _run(arguments: Sequence[str]) -> int:
     config = parse(arguments)
     environment.apply(config.parallel)
-    from jaxrft.training.run import run  # Imports JAX.
-
-    return run(config)
+    return importlib.import_module(TASKS[config.task]).run(config)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ make_environment() {
     stamp=$venv/jaxrft-installed
     if ! "$python" -c "$fits" >/dev/null 2>&1; then
         found=$(find_python) || return 1
-        echo "making $venv with $("$found" --version)"
+        echo "making $venv with $("$found" --version)" >&2
         "$found" -m venv --clear "$venv" || return 1
     fi
     # What is installed, one line for each set of extras; any of them will do where none is asked for.
     wanted="$root $(cksum <"$root/pyproject.toml") extras:$extras"
     grep -qF "$wanted" "$stamp" 2>/dev/null && return
-    echo "installing jaxrft$extras and what it needs into $venv (about 2 minutes, 1 to 3 GB the first time)"
-    "$python" -m pip install --quiet --no-input --disable-pip-version-check --editable "$root$extras" || {
+    echo "installing jaxrft$extras into $venv (the first time: some minutes, 1.5 GB, with the test tools 3 GB)" >&2
+    "$python" -m pip install -qq --no-input --disable-pip-version-check --editable "$root$extras" || {
         echo "error: the installation failed; what pip said stands above" >&2
         return 1
     }

@@ -12,5 +12,5 @@ output="output_dir=${prefix}runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 for argument in "$@"; do
     case $argument in output_dir=* | -*) output= ;; esac
 done
-[ -n "$output" ] && echo "training a small model to add two-digit numbers (about 5 minutes on 2 cores)"
+[ -n "$output" ] && echo "training a small model to add two-digit numbers (about 5 minutes on 2 cores)" >&2
 exec "$python" -m jaxrft.train "${prefix}configs/quickstart.yaml" ${output:+"$output"} "$@"

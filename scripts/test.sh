@@ -48,7 +48,7 @@ tests() { # PYTEST ARGUMENTS...
 }
 
 if ! $only; then
-    step "ruff check" "$bin/ruff" check .
+    step "ruff check" "$bin/ruff" check --output-format concise .
     step "ruff format" "$bin/ruff" format --check .
     step "import-linter" "$bin/lint-imports" --no-logo
     step "mypy" "$bin/mypy"

@@ -99,7 +99,7 @@ def test_lazy_errors():
         ("models/spec.py", "import jaxrft.training.step", "Imports run one way through the rooms"),
         ("models/spec.py", "import jaxrft.data.records", "Imports run one way through the rooms"),
         ("new.py", "", "Imports run one way through the rooms"),
-        ("algorithms/recipes.py", "from jaxrft.config import RLConfig", "The algorithms are a library of their own"),
+        ("algorithms/registry.py", "from jaxrft.config import RLConfig", "The algorithms are a library of their own"),
         ("data/load.py", "import torch", "No torch in the trainer"),
         (None, None, None),
     ],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrft.algorithms.choices import require_choice
+
 KLKind = Literal["k1", "k2", "k3"]
 
-# Differences of log-probabilities are clamped to this before they are exponentiated: exp(20) is
+# Differences of log-probabilities are clamped to this before anything is made of them: exp(20) is
 # far outside any range of interest and still finite, with a finite gradient, in float32.
 MAX_LOG_RATIO = 20.0
 
@@ -24,8 +26,8 @@ def kl(
 ) -> Float[Array, "batch time"]:
     """KL(policy || reference) at each token, estimated from samples of the policy.
 
-    With d = logprobs - ref_logprobs: ``k1`` is d (unbiased, any sign), ``k2`` is d^2 / 2, ``k3`` is
-    exp(-d) - 1 + d (unbiased, never negative). d is clamped to +-20 in the exponential.
+    With d = logprobs - ref_logprobs, clamped to +-20: ``k1`` is d (unbiased, any sign), ``k2`` is d^2 / 2,
+    ``k3`` is exp(-d) - 1 + d (unbiased, never negative).
 
     Args:
         logprobs: log-probabilities under the current policy.
@@ -35,12 +37,10 @@ def kl(
     Raises:
         ValueError: the kind is none of these.
     """
-    difference = logprobs - ref_logprobs
+    require_choice("kind", kind, get_args(KLKind))
+    difference = clamp_log_ratio(logprobs - ref_logprobs)
     if kind == "k1":
         return difference
     if kind == "k2":
         return 0.5 * jnp.square(difference)
-    if kind == "k3":
-        difference = clamp_log_ratio(difference)
-        return jnp.expm1(-difference) + difference
-    raise ValueError(f"kind: got {kind!r}, takes k1, k2 or k3")
+    return jnp.expm1(-difference) + difference

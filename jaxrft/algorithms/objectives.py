@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrft.algorithms.choices import require_choice
 from jaxrft.algorithms.divergence import KLKind, clamp_log_ratio, kl
+from jaxrft.algorithms.levels import LEVELS, Level
 from jaxrft.algorithms.reductions import Reduction, Totals, token_weights, totals
+from jaxrft.algorithms.surrogates import SURROGATES, SurrogateName, Tokens, TokenStats
 
 Stats = dict[str, Float[Array, ""]]
 
@@ -32,10 +35,13 @@ class PolicyObjective:
         constant_length: divisor of the reduction ``constant``.
         kl_coef: weight of the KL to the reference; 0 needs no reference.
         kl_kind: its estimator, see :func:`~jaxrft.algorithms.divergence.kl`.
+
+    Raises:
+        ValueError: a name that is not known, or a number below the least that its field takes.
     """
 
-    objective: Literal["clip"] = "clip"
-    level: Literal["token", "sequence"] = "token"
+    objective: SurrogateName = "clip"
+    level: Level = "token"
     clip_low: float = 0.2
     clip_high: float | None = None
     dual_clip: float | None = None
@@ -43,6 +49,21 @@ class PolicyObjective:
     constant_length: int | None = None
     kl_coef: float = 0.0
     kl_kind: KLKind = "k3"
+
+    def __post_init__(self) -> None:
+        names: dict[str, Iterable[str]] = {
+            "objective": SURROGATES,
+            "level": LEVELS,
+            "reduction": get_args(Reduction),
+            "kl_kind": get_args(KLKind),
+        }
+        for field, choices in names.items():
+            require_choice(field, getattr(self, field), choices)
+        least = {"clip_low": 0, "clip_high": 0, "dual_clip": 1, "constant_length": 1, "kl_coef": 0}
+        for field, minimum in least.items():
+            value = getattr(self, field)
+            if value is not None and not value >= minimum:
+                raise ValueError(f"{field}: got {value!r}, takes at least {minimum}")
 
 
 def policy_loss(
@@ -57,9 +78,11 @@ def policy_loss(
 ) -> tuple[Float[Array, ""], Stats]:
     """The loss to minimise, and what it looked like.
 
+    Where the mask is 0 the arrays may hold anything, infinities and NaN too.
+
     Args:
         objective: the description.
-        logprobs: log-probabilities of the sampled tokens under the policy; gradients flow through these.
+        logprobs: log-probabilities of the sampled tokens under the policy; gradients flow through these alone.
         old_logprobs: the same before the first update on these samples.
         advantages: of each token, or of each sequence.
         mask: 1 for tokens that count, 0 elsewhere; holes and empty rows are allowed.
@@ -68,68 +91,53 @@ def policy_loss(
             statistics of all parts then add up to those of the batch.
 
     Returns:
-        The loss, and statistics: means over tokens, but for those that end in ``max`` or ``min``;
-        :func:`merge_stats` merges those of several parts.
+        The loss, and statistics: means over tokens (over sequences for the ratio and clipping of the level
+        ``sequence``), but for those that end in ``max`` or ``min``; :func:`merge_stats` merges those of several parts.
 
     Raises:
-        ValueError: ``kl_coef`` is above 0 and there are no ``ref_logprobs``.
+        ValueError: ``kl_coef`` is above 0 and there are no ``ref_logprobs``, or shapes differ.
     """
     mask = mask.astype(jnp.float32)
     whole = totals(mask) if whole is None else whole
-    if advantages.ndim == 1:
-        advantages = advantages[:, None]
-    # Masked places may hold anything, infinities too; a zero weight alone would leave NaN gradients there.
-    log_ratio = clamp_log_ratio(jnp.where(mask > 0, logprobs - old_logprobs, 0.0))
-    level_log_ratio = _sequence_log_ratio(log_ratio, mask) if objective.level == "sequence" else log_ratio
-    ratio = jnp.exp(level_log_ratio)
-    losses, stats = _clip_loss(objective, ratio, jnp.broadcast_to(advantages, ratio.shape))
+    logprobs = _valid("logprobs", logprobs, mask)
+    old_logprobs = jax.lax.stop_gradient(_valid("old_logprobs", old_logprobs, mask))
+    advantages = jax.lax.stop_gradient(_valid("advantages", advantages, mask))
+    log_ratio = clamp_log_ratio(logprobs - old_logprobs)
+    ratio = jnp.exp(LEVELS[objective.level](log_ratio, mask))
+    losses, level_stats = SURROGATES[objective.objective](objective, ratio, advantages)
+    level_stats["ratio/mean"] = ratio
+    deviation = jnp.abs(jnp.expm1(log_ratio))
+    token_stats = {"ratio/deviation_mean": deviation, "policy_kl": kl(old_logprobs, logprobs)}
     if objective.kl_coef > 0:
         if ref_logprobs is None:
             raise ValueError("ref_logprobs: needed where kl_coef is above 0")
-        penalty = kl(jnp.where(mask > 0, logprobs, 0.0), jnp.where(mask > 0, ref_logprobs, 0.0), objective.kl_kind)
-        losses = losses + objective.kl_coef * penalty
-        stats["kl"] = penalty
-    weights = token_weights(mask, objective.reduction, whole, objective.constant_length)
-    return jnp.sum(losses * weights), _reduce_stats(stats, log_ratio, ratio, mask, whole)
-
-
-def _sequence_log_ratio(log_ratio, mask):
-    lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1.0)
-    mean = jnp.sum(log_ratio * mask, axis=-1, keepdims=True) / lengths
-    return jnp.broadcast_to(mean, log_ratio.shape)
-
-
-def _clip_loss(objective, ratio, advantages):
-    low, high = objective.clip_low, objective.clip_low if objective.clip_high is None else objective.clip_high
-    clipped = jnp.clip(ratio, 1.0 - low, 1.0 + high)
-    losses = jnp.maximum(-advantages * ratio, -advantages * clipped)
-    is_low = (ratio < 1.0 - low) & (advantages < 0)
-    is_high = (ratio > 1.0 + high) & (advantages > 0)
-    stats = {
-        "clip_ratio/low_mean": is_low.astype(jnp.float32),
-        "clip_ratio/high_mean": is_high.astype(jnp.float32),
-        "clip_ratio/region_mean": (is_low | is_high).astype(jnp.float32),
-    }
-    if objective.dual_clip is not None:
-        bound = -advantages * objective.dual_clip
-        stats["clip_ratio/dual_mean"] = ((advantages < 0) & (losses > bound)).astype(jnp.float32)
-        losses = jnp.where(advantages < 0, jnp.minimum(losses, bound), losses)
-    return losses, stats
-
-
-def _reduce_stats(stats, log_ratio, ratio, mask, whole):
-    stats = stats | {
-        "ratio/mean": ratio,
-        "ratio/deviation_mean": jnp.abs(jnp.expm1(log_ratio)),
-        "policy_kl": jnp.expm1(log_ratio) - log_ratio,
-    }
-    share = mask / jnp.maximum(whole.tokens, 1.0)
-    reduced = {name: jnp.sum(jax.lax.stop_gradient(value) * share) for name, value in stats.items()}
-    deviation = jax.lax.stop_gradient(jnp.abs(jnp.expm1(log_ratio))) * mask
-    return reduced | {"ratio/deviation_max": jnp.max(deviation, initial=0.0)}
+        reference = jax.lax.stop_gradient(_valid("ref_logprobs", ref_logprobs, mask))
+        token_stats["kl"] = kl(logprobs, reference, objective.kl_kind)
+        losses = losses + objective.kl_coef * token_stats["kl"]
+    loss = jnp.sum(losses * token_weights(mask, objective.reduction, whole, objective.constant_length))
+    level_reduction: Reduction = "token_mean" if objective.level == "token" else "sequence_mean"
+    stats = _means(level_stats, token_weights(mask, level_reduction, whole))
+    stats |= _means(token_stats, token_weights(mask, "token_mean", whole))
+    return loss, stats | {"ratio/deviation_max": jax.lax.stop_gradient(jnp.max(deviation, initial=0.0))}
 
 
 def merge_stats(parts: Mapping[str, Float[Array, "parts"]]) -> Stats:
     """Statistics of a batch from those of its parts, stacked: maxima and minima by name, all others added."""
     merge = {"max": jnp.max, "min": jnp.min}
     return {name: merge.get(name[-3:], jnp.sum)(values, axis=0) for name, values in parts.items()}
+
+
+def _valid(name: str, array: Tokens | Float[Array, "batch"], mask: Tokens) -> Tokens:
+    """Zeros at masked places: a weight of zero alone would make NaN of what stands there, in the gradient too.
+
+    Raises:
+        ValueError: another shape; in a batch of one, or of one token, nobody would see that it was broadcast.
+    """
+    shapes = [mask.shape, mask.shape[:1]] if name == "advantages" else [mask.shape]
+    if array.shape not in shapes:
+        raise ValueError(f"{name}: got shape {array.shape}, takes {' or '.join(map(str, shapes))}, as the mask has")
+    return jnp.where(mask > 0, array[:, None] if array.ndim == 1 else array, 0.0)
+
+
+def _means(stats: TokenStats, weights: Tokens) -> Stats:
+    return {name: jnp.sum(jax.lax.stop_gradient(value) * weights) for name, value in stats.items()}

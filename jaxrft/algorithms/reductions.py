@@ -7,10 +7,12 @@ devices gives the same loss and gradient as one that is not: parts are summed.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxrft.algorithms.choices import require_choice
 
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
@@ -44,16 +46,15 @@ def token_weights(
     Raises:
         ValueError: unknown reduction, or ``constant`` without a length.
     """
+    require_choice("reduction", reduction, get_args(Reduction))
     mask = mask.astype(jnp.float32)
-    tokens, sequences = jnp.maximum(whole.tokens, 1.0), jnp.maximum(whole.sequences, 1.0)
     if reduction == "token_mean":
-        return mask / tokens
-    if reduction == "sequence_mean":
-        return mask / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1.0) / sequences
+        return mask / jnp.maximum(whole.tokens, 1.0)
+    sequence_sum = mask / jnp.maximum(whole.sequences, 1.0)
     if reduction == "sequence_sum":
-        return mask / sequences
-    if reduction == "constant":
-        if constant_length is None:
-            raise ValueError("constant_length: the reduction 'constant' needs one, normally the longest completion")
-        return mask / (sequences * constant_length)
-    raise ValueError(f"reduction: got {reduction!r}, takes token_mean, sequence_mean, sequence_sum or constant")
+        return sequence_sum
+    if reduction == "sequence_mean":
+        return sequence_sum / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1.0)
+    if constant_length is None:
+        raise ValueError("constant_length: the reduction 'constant' needs one, normally the longest completion")
+    return sequence_sum / constant_length

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = exports(
     {
         "Decoder": "jaxrft.models.decoder",
         "DecoderSpec": "jaxrft.models.spec",
-        "families": "jaxrft.models.families",
+        "supported_families": "jaxrft.models.families",
         "load": "jaxrft.models.checkpoint",
         "from_config": "jaxrft.models.checkpoint",
         "save": "jaxrft.models.checkpoint",

@@ -23,7 +23,7 @@ class Decoder(nnx.Module):
         rngs: keys for new parameters.
     """
 
-    def __init__(self, spec: DecoderSpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, spec: DecoderSpec, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.spec = spec
         self.dtype = dtype
         # The config.json and generation_config.json that the model came with, as text: static and hashable.

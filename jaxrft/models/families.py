@@ -36,7 +36,7 @@ class Family:
 
     def spec(self, config: Mapping[str, Any]) -> DecoderSpec:
         """The decoder of a complete config (:func:`jaxrft.models.hf_config.complete`)."""
-        return DecoderSpec(**{**common_options(dict(config)), **self.options(config)})
+        return DecoderSpec(**{**common_options(config), **self.options(config)})
 
     def config(self, spec: DecoderSpec) -> dict[str, Any]:
         """The config.json of a decoder."""
@@ -86,7 +86,7 @@ MISTRAL = Family(
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2, QWEN3, LLAMA, MISTRAL)}
 
 
-def families() -> tuple[str, ...]:
+def supported_families() -> tuple[str, ...]:
     """The model types that can be loaded, trained and exported."""
     return tuple(sorted(FAMILIES))
 
@@ -99,7 +99,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise ConfigError(f"model_type: got {model_type!r}, takes one of {', '.join(families())}")
+        raise ConfigError(f"model_type: got {model_type!r}, takes one of {', '.join(supported_families())}")
     return FAMILIES[model_type]
 
 
@@ -112,4 +112,4 @@ def family_for(spec: DecoderSpec) -> Family:
     for family in FAMILIES.values():
         if family.spec(complete(family.config(spec))) == spec:
             return family
-    raise ConfigError(f"spec: no family of {', '.join(families())} has a decoder with these options: {spec}")
+    raise ConfigError(f"spec: no family of {', '.join(supported_families())} has a decoder with these options: {spec}")

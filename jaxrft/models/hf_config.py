@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from jaxrft.config import ConfigError
@@ -16,7 +17,7 @@ ACTIVATIONS = ("silu", "swish")
 UNDECLARED_FIELDS = {"model_type", "_name_or_path", "torch_dtype", "rope_theta", "rope_scaling", "head_dim"}
 
 
-def complete(fields: dict[str, Any], *, strict: bool = False) -> dict[str, Any]:
+def complete(fields: Mapping[str, Any], *, strict: bool = False) -> dict[str, Any]:
     """``fields`` with every default of transformers' config class, in its newest spelling.
 
     Args:
@@ -33,21 +34,21 @@ def complete(fields: dict[str, Any], *, strict: bool = False) -> dict[str, Any]:
         _refuse_unknown(fields, {field.name for field in dataclasses.fields(config_class)} | UNDECLARED_FIELDS)
     try:
         # A copy in depth, since the class writes its own spelling into nested mappings.
-        config = config_class.from_dict(json.loads(json.dumps(fields)))
+        config = config_class.from_dict(json.loads(json.dumps(dict(fields))))
     except Exception as error:  # the config classes raise many types, their own among them
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"config of a {fields['model_type']} model: {reason}") from error
     return json.loads(json.dumps(config.to_dict()))
 
 
-def _refuse_unknown(fields: dict[str, Any], known: set[str]) -> None:
+def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     for field in sorted(set(fields) - known):
         near = difflib.get_close_matches(field, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{field}: the config of a {fields['model_type']} model has no such field{hint}")
 
 
-def common_options(config: dict[str, Any]) -> dict[str, Any]:
+def common_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :class:`DecoderSpec` that every family reads from the same fields.
 
     Args:
@@ -85,7 +86,7 @@ def common_options(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rope_spec(parameters: dict[str, Any]) -> RopeSpec:
+def rope_spec(parameters: Mapping[str, Any]) -> RopeSpec:
     """Rotary embedding of a config's ``rope_parameters``.
 
     Raises:
@@ -141,7 +142,7 @@ def rope_fields(rope: RopeSpec) -> dict[str, Any]:
     }
 
 
-def windows_by_layer(config: dict[str, Any]) -> tuple[int | None, ...]:
+def windows_by_layer(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Sliding windows where ``layer_types`` says which layers have one.
 
     Raises:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Logits alive at a time, in elements: 64 MiB of float32.
-CHUNK_ELEMENTS = 2**24
+# Logits alive at a time, in elements. Each chunk reads the projection, and in the gradient reads and writes
+# its float32 cotangent: accelerators want few large chunks, a CPU chunks that its caches still serve.
+CHUNK_ELEMENTS = {"cpu": 2**24}
+ACCELERATOR_CHUNK_ELEMENTS = 2**27
 
 
 def token_logprobs(
@@ -44,48 +46,64 @@ def token_logprobs(
     valid = jnp.arange(1, tokens.shape[1])[None] < lengths[:, None]
     if segment_ids is not None:
         valid &= segment_ids[:, 1:] == segment_ids[:, :-1]
-    shape = valid.shape
-    logprobs, entropy = projected_logprobs(
-        hidden[:, :-1].reshape(-1, hidden.shape[-1]),
-        model.output_kernel,
-        tokens[:, 1:].reshape(-1),
-        jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape).reshape(-1),
-    )
-    return jnp.where(valid, logprobs.reshape(shape), 0.0), jnp.where(valid, entropy.reshape(shape), 0.0)
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), valid.shape)
+    logprobs, entropy = projected_logprobs(hidden[:, :-1], model.output_kernel, tokens[:, 1:], temperature)
+    return jnp.where(valid, logprobs, 0.0), jnp.where(valid, entropy, 0.0)
 
 
 def projected_logprobs(
-    hidden: Float[Array, "tokens hidden"],
+    hidden: Float[Array, "*batch time hidden"],
     kernel: Float[Array, "hidden vocab"],
-    targets: Int[Array, "tokens"],
-    temperature: Float[Array, "tokens"],
+    targets: Int[Array, "*batch time"],
+    temperature: Float[Array, "*batch time"],
     chunk: int | None = None,
-) -> tuple[Float[Array, "tokens"], Float[Array, "tokens"]]:
-    """Log-probability of ``targets`` and entropy of ``softmax(hidden @ kernel / temperature)``.
+) -> tuple[Float[Array, "*batch time"], Float[Array, "*batch time"]]:
+    """Log-probability of ``targets`` and entropy of ``softmax(hidden @ kernel / temperature)``, float32.
 
-    Differentiable with respect to ``hidden`` and ``kernel``, through both results.
+    Differentiable (in reverse mode) with respect to ``hidden`` and ``kernel``, through both results;
+    the temperature counts as a constant.
 
     Args:
-        chunk: tokens projected at a time; None takes as many as 64 MiB of logits hold.
+        hidden: in its type the projection is computed, with float32 sums. With or without a batch axis:
+            chunks are cut along time only, so that a batch axis may be sharded.
+        chunk: time steps projected at a time; None takes as many as 64 MiB of logits hold on a CPU,
+            512 MiB elsewhere.
     """
-    count, vocab = hidden.shape[0], kernel.shape[1]
+    if hidden.ndim == 2:
+        logprobs, entropy = projected_logprobs(hidden[None], kernel, targets[None], temperature[None], chunk)
+        return logprobs[0], entropy[0]
+    batch, time, _ = hidden.shape
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // vocab)
-    chunk = min(chunk, count)
-    padding = -count % chunk
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
-    targets = jnp.pad(targets, (0, padding))
-    temperature = jnp.pad(temperature, (0, padding), constant_values=1.0)
+        elements = CHUNK_ELEMENTS.get(jax.default_backend(), ACCELERATOR_CHUNK_ELEMENTS)
+        chunk = max(1, elements // (kernel.shape[1] * batch))
+    chunk = max(1, min(chunk, time))
+    padding = -time % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    temperature = jnp.pad(temperature, ((0, 0), (0, padding)), constant_values=1.0)
     logprobs, entropy = _projected(hidden, kernel, targets, temperature, chunk)
-    return logprobs[:count], entropy[:count]
+    return logprobs[:, :time], entropy[:, :time]
+
+
+def _split(array: Array, chunk: int) -> Array:
+    """[batch, time, ...] -> [chunks, batch * chunk, ...]: each chunk holds some time steps of every row."""
+    batch, time, *rest = array.shape
+    parts = jnp.moveaxis(array.reshape(batch, time // chunk, chunk, *rest), 1, 0)
+    return parts.reshape(time // chunk, batch * chunk, *rest)
+
+
+def _join(parts: Array, batch: int) -> Array:
+    """Undoes :func:`_split`."""
+    chunks, size, *rest = parts.shape
+    array = jnp.moveaxis(parts.reshape(chunks, batch, size // batch, *rest), 0, 1)
+    return array.reshape(batch, chunks * size // batch, *rest)
 
 
 def _chunk_logits(hidden, kernel, temperature):
-    logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return logits / temperature[:, None]
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32) / temperature[:, None]
 
 
-def _chunk_forward(hidden, kernel, targets, temperature):
+def _chunk_forward(kernel, hidden, targets, temperature):
     logits = _chunk_logits(hidden, kernel, temperature)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
@@ -94,16 +112,12 @@ def _chunk_forward(hidden, kernel, targets, temperature):
     return target_logits - log_normalizer, entropy, log_normalizer
 
 
-def _in_chunks(array, chunk):
-    return array.reshape(-1, chunk, *array.shape[1:])
-
-
 def _forward(hidden, kernel, targets, temperature, chunk):
-    parts = tuple(_in_chunks(a, chunk) for a in (hidden, targets, temperature))
-    if parts[0].shape[0] == 1:
-        return _chunk_forward(hidden, kernel, targets, temperature)
-    results = jax.lax.map(lambda part: _chunk_forward(part[0], kernel, part[1], part[2]), parts)
-    return tuple(r.reshape(-1) for r in results)
+    # Cast once, not in every chunk.
+    kernel = kernel.astype(hidden.dtype)
+    parts = [_split(array, chunk) for array in (hidden, targets, temperature)]
+    results = jax.lax.map(lambda part: _chunk_forward(kernel, *part), parts)
+    return tuple(_join(result, hidden.shape[0]) for result in results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -117,22 +131,17 @@ def _projected_forward(hidden, kernel, targets, temperature, chunk):
 
 
 def _projected_backward(chunk, residuals, cotangents):
-    hidden, kernel, targets, temperature, log_normalizer, entropy = residuals
-    d_logprobs, d_entropy = cotangents
-    parts = tuple(
-        _in_chunks(a, chunk) for a in (hidden, targets, temperature, log_normalizer, entropy, d_logprobs, d_entropy)
-    )
+    hidden, kernel, *rest = residuals
+    cast_kernel = kernel.astype(hidden.dtype)
+    parts = [_split(array, chunk) for array in (hidden, *rest, *cotangents)]
 
     def one(d_kernel, part):
-        d_hidden, d_kernel_part = _chunk_backward(kernel, *part)
+        d_hidden, d_kernel_part = _chunk_backward(cast_kernel, *part)
         return d_kernel + d_kernel_part, d_hidden
 
-    if parts[0].shape[0] == 1:
-        d_hidden, d_kernel = _chunk_backward(kernel, *(p[0] for p in parts))
-    else:
-        d_kernel, d_hidden = jax.lax.scan(one, jnp.zeros(kernel.shape, jnp.float32), parts)
-        d_hidden = d_hidden.reshape(hidden.shape)
-    return d_hidden, d_kernel.astype(kernel.dtype), None, None
+    d_kernel, d_hidden = jax.lax.scan(one, jnp.zeros(kernel.shape, jnp.float32), parts)
+    # None stands for a zero cotangent, of the integer targets too.
+    return _join(d_hidden, hidden.shape[0]), d_kernel.astype(kernel.dtype), None, None
 
 
 def _chunk_backward(kernel, hidden, targets, temperature, log_normalizer, entropy, d_logprobs, d_entropy):
@@ -145,7 +154,7 @@ def _chunk_backward(kernel, hidden, targets, temperature, log_normalizer, entrop
     d_logits = -p * (d_logprobs[:, None] + d_entropy[:, None] * (log_p + entropy[:, None]))
     d_logits = d_logits.at[jnp.arange(targets.shape[0]), targets].add(d_logprobs)
     d_logits = (d_logits / temperature[:, None]).astype(hidden.dtype)
-    d_hidden = jnp.matmul(d_logits, kernel.astype(hidden.dtype).T)
+    d_hidden = jnp.matmul(d_logits, kernel.T)
     d_kernel = jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
     return d_hidden, d_kernel
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # A parameter's place in the module tree, as ``nnx.to_flat_state`` gives it: ("layers", 0, "mlp", "up", "kernel").
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
 
 
 class TensorName(NamedTuple):

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxrft.models.spec import RopeSpec
 
+# Cosine and signed sine of every token's angles.
+RopeTables = tuple[Float[Array, "batch time head_dim"], Float[Array, "batch time head_dim"]]
+
 
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> np.ndarray:
     """Angular frequency of each pair of channels, float32 [head_dim / 2].
@@ -37,9 +40,7 @@ def _llama3_frequencies(spec: RopeSpec, frequencies: np.ndarray) -> np.ndarray:
     return ((1 - ramp) * frequencies / spec.factor + ramp * frequencies).astype(np.float32)
 
 
-def rope_tables(
-    positions: Int[Array, "batch time"], spec: RopeSpec, head_dim: int
-) -> tuple[Float[Array, "batch time head_dim"], Float[Array, "batch time head_dim"]]:
+def rope_tables(positions: Int[Array, "batch time"], spec: RopeSpec, head_dim: int) -> RopeTables:
     """Cosine and signed sine of every position, float32; made once a step and shared by all layers."""
     frequencies = jnp.asarray(inverse_frequencies(spec, head_dim))
     angles = positions[..., None].astype(jnp.float32) * frequencies

@@ -38,7 +38,7 @@ class WeightFiles:
         self._stack = contextlib.ExitStack()
         for path in weight_paths(folder):
             handle = self._open(path)
-            self._file_of.update({name: path for name in handle.keys()})  # noqa: SIM118 (a handle, not a mapping)
+            self._file_of.update(dict.fromkeys(handle.keys(), path))
 
     def names(self) -> set[str]:
         """Every tensor that the files hold."""

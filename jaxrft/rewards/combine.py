@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
@@ -192,7 +193,9 @@ def _describe(error: Exception, call: RewardCall) -> str:
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
     frame = (own or frames)[-1]
     message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}{f': {message}' if message else ''} ({frame.filename}:{frame.lineno})"
+    place = os.path.relpath(frame.filename)
+    place = frame.filename if place.startswith("..") else place
+    return f"{type(error).__name__}{f': {message}' if message else ''} ({place}:{frame.lineno})"
 
 
 def _weighted_sum(components: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:

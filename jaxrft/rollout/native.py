@@ -74,7 +74,6 @@ class NativeEngine:
         self._eos_ids = _eos_ids(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._max_slots, self._max_length = max_slots, max_length
         self._steps, self._max_prefill_tokens = decode_chunk, max_prefill_tokens
-        self._caches: programs.Caches | None = None
         self._asleep: set[str] = set()
         self._closed = False
         self.version = 0
@@ -115,9 +114,6 @@ class NativeEngine:
         before = len(self._programs.compiled)
         try:
             self._run(leaves, scheduler, sampling, on_progress)
-        except BaseException:
-            self._caches = None  # donated to a program whose result may be lost
-            raise
         finally:
             self.compilations += len(self._programs.compiled) - before
         return [completion for completion in scheduler.completions if completion is not None]
@@ -140,7 +136,6 @@ class NativeEngine:
         self._refuse_closed()
         if level not in (1, 2):
             raise ConfigError(f"level: got {level!r}, takes 1 (caches) or 2 (caches and weights)")
-        self._caches = None
         self._asleep.add("kv_cache")
         if level == 2:
             self._leaves = None
@@ -159,7 +154,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """Lets go of weights and caches; the engine cannot be used after."""
-        self._leaves = self._caches = None
+        self._leaves = None
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -173,37 +168,40 @@ class NativeEngine:
     def _run(self, leaves, scheduler, sampling, on_progress) -> None:
         values = sampling_values(sampling, self._eos_ids)
         first_mode, mode = modes(sampling)
-        slots = len(scheduler.ended)
+        slots, total = scheduler.slots, len(scheduler.completions)
         state = programs.empty_state(slots, values.key)
-        if self._caches is None or self._caches[0].key.shape[0] != slots:
-            self._caches = self._programs.empty_caches(leaves, slots, self._max_length)
-        caches = self._caches
+        caches: programs.Caches | None = None
         groups: list[Group] = []
-        prompts = None
-        pending: list[tuple[Any, Any]] = []
-        total = len(scheduler.completions)
+        pending: list[tuple[jax.Array, np.ndarray]] = []
         while scheduler.finished < total:
             while scheduler.queue and len(scheduler.free):
                 if not groups:
                     groups = scheduler.next_prompts(self._max_prefill_tokens)
                     prompts = self._programs.prefill(leaves, *pad_prompts(groups, self._max_length))
                 placement = scheduler.place(groups)
-                state, caches = self._programs.insert(state, caches, prompts, placement, values, first_mode)
-            plan = scheduler.plan_chunk(self._steps)
-            if plan is not None:
-                window, owner = plan
+                state = self._programs.place(state, prompts.logits, placement, values, first_mode)
+                caches = self._fit(leaves, caches, scheduler, slots)
+                caches = self._programs.copy(caches, prompts.caches, placement[0])
+            owner = scheduler.book(self._steps)
+            if owner is not None:
+                caches = self._fit(leaves, caches, scheduler, slots)
                 state, caches, packed = self._programs.decode(
-                    leaves, state, caches, scheduler.ended.copy(), values,
-                    steps=self._steps, window=bucket(window, self._max_length), mode=mode,
+                    leaves, state, caches, scheduler.ended.copy(), values, steps=self._steps, mode=mode
                 )
                 pending.append((packed, owner))
             # With nothing left to put in, the device decodes the next chunk while the host reads this one.
-            if scheduler.queue or plan is None or len(pending) > 1:
+            if scheduler.queue or owner is None or len(pending) > 1:
                 packed, owner = pending.pop(0)
-                scheduler.take_chunk(np.asarray(packed), owner, self._steps)
+                scheduler.take(np.asarray(packed), owner, self._steps)
                 if on_progress is not None:
                     on_progress(scheduler.finished, total)
-        self._caches = caches
+
+    def _fit(self, leaves, caches, scheduler, slots) -> programs.Caches:
+        """Caches that are as long as the longest live slot will be after what is booked."""
+        length = bucket(scheduler.cached, self._max_length)
+        if caches is None:
+            return self._programs.empty(leaves, slots, length)
+        return caches if caches[0].key.shape[2] == length else self._programs.resize(caches, length)
 
     def _ready_weights(self) -> tuple[Any, ...]:
         self._refuse_closed()

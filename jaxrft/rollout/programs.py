@@ -1,7 +1,14 @@
-"""The compiled programs of the native engine: prefill, insert into slots, decode a chunk.
+"""The compiled programs of the native engine.
 
-All take the model's parameters as a flat tuple of arrays, so that a call does not walk the module's
-state in Python, and none of them keeps a reference to it.
+A round of the engine is: ``prefill`` some prompts, ``place`` them in free slots (draws each completion's
+first token) and ``copy`` their keys and values there, ``resize`` the caches to the bucket that the longest
+live slot needs, ``decode`` a chunk of tokens.
+
+The caches are as long as what is attended to, not as the longest completion there may be: a chunk reads
+no more than it must, needs no second copy of the part it reads, and holds no memory for tokens to come.
+
+Programs take the model's parameters as a flat tuple of arrays, so that a call does not walk the module's
+state in Python.
 """
 
 from __future__ import annotations
@@ -21,7 +28,8 @@ from jaxrft.rollout.sampling import Draw, Mode, SamplingValues, draw
 
 logger = logging.getLogger(__name__)
 
-Caches = Any  # one models.layers.LayerCache a layer, in a list: stacked, every step would copy them
+# One models.layers.LayerCache a layer, in a list: stacked, every step would copy them.
+Caches = list[Any]
 
 
 class SlotState(NamedTuple):
@@ -73,31 +81,57 @@ class Programs:
     """Jitted functions of one model; shared by all engines of that model's shape.
 
     Attributes:
-        compiled: static arguments and shapes that were met.
+        compiled: name, shapes and static arguments of every program that was compiled.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, treedef: Any):
         self._graphdef, self._treedef = graphdef, treedef
         self.compiled: set[tuple[Any, ...]] = set()
+        self._empty = jax.jit(self._empty_impl, static_argnames=("slots", "length"))
         self._prefill = jax.jit(self._prefill_impl)
-        self._insert = jax.jit(self._insert_impl, static_argnames="mode", donate_argnames=("state", "caches"))
-        statics = ("steps", "window", "mode")
+        self._place = jax.jit(_place_impl, static_argnames="mode", donate_argnames="state")
+        self._take = jax.jit(lambda logits, row: logits[jnp.maximum(row, 0)])
+        self._copy = jax.jit(_copy_impl, donate_argnames="cache")
+        self._resize = jax.jit(_resize_impl, static_argnames="length")
+        statics = ("steps", "mode")
         self._decode = jax.jit(self._decode_impl, static_argnames=statics, donate_argnames=("state", "caches"))
 
-    def empty_caches(self, leaves, slots: int, length: int) -> Caches:
+    def empty(self, leaves, slots: int, length: int) -> Caches:
         """Caches of ``length`` tokens for ``slots`` completions."""
-        return self._model(leaves).init_cache(slots, length)
+        return self._call(("empty", slots, length), self._empty, leaves, slots=slots, length=length)
 
     def prefill(self, leaves, tokens: Int[Array, "prompts time"], lengths: Int[Array, "prompts"]) -> Prefilled:
         """Runs right-padded prompts."""
         return self._call(("prefill", *tokens.shape), self._prefill, leaves, tokens, lengths)
 
-    def insert(
-        self, state: SlotState, caches: Caches, prompts: Prefilled, placement, values: SamplingValues, mode: Mode
-    ) -> tuple[SlotState, Caches]:
-        """Copies prompts into slots and draws each slot's first token."""
-        key = ("insert", *prompts.caches[0].key.shape, *caches[0].key.shape, values.stop_ids.size, mode)
-        return self._call(key, self._insert, state, caches, prompts, placement, values, mode=mode)
+    def place(
+        self,
+        state: SlotState,
+        logits: Float[Array, "prompts vocab"],
+        placement: Int[Array, "5 slots"],
+        values: SamplingValues,
+        mode: Mode,
+    ) -> SlotState:
+        """Starts completions in slots: draws the first token of each. ``placement`` is a :class:`Placement`."""
+        slots = placement.shape[1]
+        logits = self._call(("take", len(logits), slots), self._take, logits, placement[0])
+        key = ("place", slots, values.stop_ids.size, mode)
+        return self._call(key, self._place, state, logits, placement, values, mode=mode)
+
+    def copy(self, caches: Caches, prompts: Caches, row: Int[Array, "slots"]) -> Caches:
+        """Puts row ``row`` of ``prompts`` at the start of every slot whose ``row`` is not negative.
+
+        Columns of ``prompts`` past the end of ``caches`` are left out: they must be padding.
+        """
+        key = ("copy", *prompts[0].key.shape, *caches[0].key.shape)
+        return [self._call(key, self._copy, cache, new, row) for cache, new in zip(caches, prompts)]
+
+    def resize(self, caches: Caches, length: int) -> Caches:
+        """Caches of ``length`` tokens with the same content. Consumes the list: only one layer is there twice."""
+        key = ("resize", *caches[0].key.shape, length)
+        for index, cache in enumerate(caches):
+            caches[index] = self._call(key, self._resize, cache, length=length)
+        return caches
 
     def decode(
         self,
@@ -108,7 +142,6 @@ class Programs:
         values: SamplingValues,
         *,
         steps: int,
-        window: int,
         mode: Mode,
     ) -> tuple[SlotState, Caches, Int[Array, "rows slots"]]:
         """Draws up to ``steps`` tokens for every slot that is neither done nor ``ended``.
@@ -118,9 +151,8 @@ class Programs:
             holds those that were the newest at the start), as many of log-probabilities and of sampled
             log-probabilities (their float32 bits), then tokens produced, then whether the slot is done.
         """
-        key = ("decode", *caches[0].key.shape, values.stop_ids.size, steps, window, mode)
-        statics = {"steps": steps, "window": window, "mode": mode}
-        return self._call(key, self._decode, leaves, state, caches, ended, values, **statics)
+        key = ("decode", *caches[0].key.shape, values.stop_ids.size, steps, mode)
+        return self._call(key, self._decode, leaves, state, caches, ended, values, steps=steps, mode=mode)
 
     def _call(self, key: tuple[Any, ...], program: Callable[..., Any], *arguments: Any, **statics: Any) -> Any:
         if key in self.compiled:
@@ -134,29 +166,19 @@ class Programs:
     def _model(self, leaves: tuple[Array, ...]) -> Any:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
+    def _empty_impl(self, leaves, *, slots, length):
+        return self._model(leaves).init_cache(slots, length)
+
     def _prefill_impl(self, leaves, tokens, lengths):
         model = self._model(leaves)
         hidden, caches = model.prefill(tokens, lengths)
         return Prefilled(model.logits(hidden), caches)
 
-    def _insert_impl(self, state, caches, prompts, placement, values, *, mode):
-        placement = Placement(*placement)
-        taken = placement.row >= 0
-        row = jnp.maximum(placement.row, 0)
-        caches = jax.tree.map(lambda cache, new: _copy_rows(cache, new, row, taken), caches, prompts.caches)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(values.key, placement.seed.astype(jnp.uint32))
-        keys = jax.vmap(jax.random.fold_in)(keys, placement.sample)
-        index = jnp.zeros_like(row)
-        drawn = draw(prompts.logits[row], keys, index, values.first_temperature, values, mode)
-        done = _is_stop(drawn.tokens, values) | (placement.limit <= 1)
-        new = SlotState(drawn, placement.length, index + 1, placement.limit, keys, done)
-        return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state), caches
-
-    def _decode_impl(self, leaves, state, caches, ended, values, *, steps, window, mode):
+    def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
+        window = caches[0].key.shape[2]
         done = state.done | ended
         # A slot that is done is computed along with the others: keep it inside the window.
         state = state._replace(done=done, positions=jnp.where(done, 0, state.positions))
-        attended = jax.tree.map(lambda cache: cache[:, :, :window], caches)
         log = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps + 1, *x.shape)), state.newest)
 
         def unfinished(carry):
@@ -164,17 +186,15 @@ class Programs:
             return (step < steps) & ~state.done.all()
 
         def one_token(carry):
-            step, state, attended, log = carry
+            step, state, caches, log = carry
             model = self._model(leaves)
-            hidden, attended = model.decode(state.newest.tokens, state.positions, attended, window)
-            logits = model.logits(hidden)
-            drawn = draw(logits, state.keys, state.produced, values.temperature, values, mode)
+            hidden, caches = model.decode(state.newest.tokens, state.positions, caches, window)
+            drawn = draw(model.logits(hidden), state.keys, state.produced, values.temperature, values, mode)
             log = jax.tree.map(lambda rows, x: jax.lax.dynamic_update_index_in_dim(rows, x, step + 1, 0), log, drawn)
-            return step + 1, _advance(state, drawn, values), attended, log
+            return step + 1, _advance(state, drawn, values), caches, log
 
-        start = (jnp.int32(0), state, attended, log)
-        _, state, attended, log = jax.lax.while_loop(unfinished, one_token, start)
-        caches = jax.tree.map(_write_start, caches, attended)
+        carry = (jnp.int32(0), state, caches, log)
+        _, state, caches, log = jax.lax.while_loop(unfinished, one_token, carry)
         floats = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (log.logprobs, log.sampled_logprobs)]
         packed = jnp.concatenate([log.tokens, *floats, state.produced[None], state.done[None].astype(jnp.int32)])
         return state, caches, packed
@@ -197,6 +217,43 @@ def empty_state(slots: int, key: Key[Array, ""]) -> SlotState:
     return SlotState(newest, zeros(), zeros(), zeros(), keys, jnp.ones((slots,), bool))
 
 
+def _place_impl(state, logits, placement, values, *, mode):
+    placement = Placement(*placement)
+    taken = placement.row >= 0
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(values.key, placement.seed.astype(jnp.uint32))
+    keys = jax.vmap(jax.random.fold_in)(keys, placement.sample)
+    none = jnp.zeros_like(placement.row)
+    drawn = draw(logits, keys, none, values.first_temperature, values, mode)
+    done = _is_stop(drawn.tokens, values) | (placement.limit <= 1)
+    new = SlotState(drawn, placement.length, none + 1, placement.limit, keys, done)
+    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state)
+
+
+def _copy_impl(cache, new, row):
+    taken = (row >= 0)[:, None, None, None]
+
+    def one(cache, new):
+        length = min(new.shape[2], cache.shape[2])
+        start = jnp.where(taken, new[jnp.maximum(row, 0), :, :length], cache[:, :, :length])
+        # .at[].set() would be a scatter, which is slow to compile and to run.
+        return jax.lax.dynamic_update_slice(cache, start, (0, 0, 0, 0))
+
+    return jax.tree.map(one, cache, new)
+
+
+def _resize_impl(cache, *, length):
+    def one(cache):
+        slots, kv_heads, old, head_dim = cache.shape
+        if length < old:
+            return cache[:, :, :length]
+        # Two axes: XLA has a fast path for these, and compiles it six times faster than a pad of four.
+        tail = jnp.zeros((slots * kv_heads, (length - old) * head_dim), cache.dtype)
+        joined = jnp.concatenate([cache.reshape(slots * kv_heads, -1), tail], axis=1)
+        return joined.reshape(slots, kv_heads, length, head_dim)
+
+    return jax.tree.map(one, cache)
+
+
 def _advance(state: SlotState, drawn: Draw, values: SamplingValues) -> SlotState:
     """Takes the drawn tokens where a slot is not done."""
     live = (~state.done).astype(jnp.int32)
@@ -207,15 +264,3 @@ def _advance(state: SlotState, drawn: Draw, values: SamplingValues) -> SlotState
 
 def _is_stop(tokens: Int[Array, "slots"], values: SamplingValues) -> Bool[Array, "slots"]:
     return (tokens[:, None] == values.stop_ids).any(-1)
-
-
-def _copy_rows(cache, new, row, taken):
-    """Puts ``new[row]`` at the start of the rows of ``cache`` that are ``taken``."""
-    length = new.shape[2]
-    chosen = jnp.where(taken[:, None, None, None], new[row], cache[:, :, :length])
-    return _write_start(cache, chosen)
-
-
-def _write_start(cache, start):
-    """Puts ``start`` at the start of ``cache``; as an update of a slice, which compiles faster than a scatter."""
-    return jax.lax.dynamic_update_slice(cache, start, (0,) * cache.ndim)

@@ -26,7 +26,7 @@ def bucket(length: int, maximum: int) -> int:
     """Smallest of 16, 24, 32, 48, 64, ... that holds ``length``, at most ``maximum``."""
     size = max(power_of_two(length), SMALLEST_BUCKET)
     middle = size // 4 * 3
-    return min(middle if SMALLEST_BUCKET < size and length <= middle else size, maximum)
+    return min(middle if size > SMALLEST_BUCKET and length <= middle else size, maximum)
 
 
 @dataclasses.dataclass
@@ -85,9 +85,14 @@ class Scheduler:
         self.ended = np.zeros(slots, bool)  # stopped by the host, not yet told to the device
         longest = max((group.limit for group in self.queue), default=0)
         self._owner = np.full(slots, EMPTY, np.int32)
-        self._length, self._limit, self._drawn, self._ahead = np.zeros((4, slots), np.int32)
+        self._length, self._limit, self._drawn, self._booked = np.zeros((4, slots), np.int32)
         self._tokens = np.zeros((slots, longest), np.int32)
         self._logprobs, self._sampled = np.zeros((2, slots, longest), np.float32)
+
+    @property
+    def slots(self) -> int:
+        """Completions generated at the same time."""
+        return len(self._owner)
 
     @property
     def free(self) -> Int[np.ndarray, "free"]:
@@ -126,7 +131,7 @@ class Scheduler:
                 fields[field, slots] = value
             self._owner[slots] = group.first + samples
             self._length[slots], self._limit[slots] = len(group.prompt), group.limit
-            self._drawn[slots] = self._ahead[slots] = 0
+            self._drawn[slots] = self._booked[slots] = 0
             self.ended[slots] = False
             group.placed += count
             if group.waiting == 0:
@@ -134,23 +139,25 @@ class Scheduler:
                 self.queue.popleft()
         return fields
 
-    def plan_chunk(self, steps: int) -> tuple[int, Int[np.ndarray, "slots"]] | None:
-        """Books ``steps`` more tokens for every slot.
+    def book(self, steps: int) -> Int[np.ndarray, "slots"] | None:
+        """Counts on ``steps`` more tokens for every slot.
 
         Returns:
-            How many cached tokens the chunk may look at, and which completion is in each slot; None where
-            what is booked already finishes every slot.
+            Which completion is in each slot; None where what was booked before already finishes all of them.
         """
-        if not ((self._owner != EMPTY) & (self._ahead < self._limit)).any():
+        if not ((self._owner != EMPTY) & (self._booked < self._limit)).any():
             return None
         # The first chunk of a completion also brings the token that its prompt gave.
-        self._ahead = np.minimum(self._ahead + steps + (self._ahead == 0), self._limit)
-        # The newest token is not cached, so one less than prompt and completion together.
-        window = int((self._length + self._ahead - 1)[self._owner != EMPTY].max())
-        return window, self._owner.copy()
+        self._booked = np.minimum(self._booked + steps + (self._booked == 0), self._limit)
+        return self._owner.copy()
 
-    def take_chunk(self, packed: Int[np.ndarray, "rows slots"], owner: Int[np.ndarray, "slots"], steps: int) -> None:
-        """Reads what a chunk drew: ``packed`` as the decode program returns it, ``owner`` as when it was planned."""
+    @property
+    def cached(self) -> int:
+        """Tokens that the longest live slot has in the cache after what is booked: all but the newest."""
+        return int((self._length + np.maximum(self._booked, 1) - 1)[self._owner != EMPTY].max())
+
+    def take(self, packed: Int[np.ndarray, "rows slots"], owner: Int[np.ndarray, "slots"], steps: int) -> None:
+        """Reads what a chunk drew: ``packed`` as the decode program returns it, ``owner`` as when it was booked."""
         same = (owner == self._owner) & (owner != EMPTY)
         produced, done = packed[-2], packed[-1].astype(bool) & same
         # Row 0 holds the newest token at the chunk's start, which only fresh slots have not given yet.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +14,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxrft.config import ConfigError
+from jaxrft.training import disk
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint could not be written or read; the message says what to do."""
+    """No checkpoint can be read; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class Checkpoints:
         greater_is_better: bool = True,
         warn: Callable[[str], None] = print,
     ):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs tracebacks of errors that it also raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder.absolute()
         self._warn = warn
         keep: list[Any] = [policies.LatestN(limit)]
@@ -78,7 +80,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Saves in the background; errors of an earlier save are raised here or by :meth:`wait`."""
-        with _explained(self.folder):
+        with disk.explained(self.folder):
             self._manager.check_for_errors()
             if step in self._manager.all_steps():
                 return
@@ -95,9 +97,9 @@ class Checkpoints:
         """Waits until what was saved is on disk.
 
         Raises:
-            CheckpointError: it could not be written, for instance because the disk is full.
+            DiskFullError: there was no room for it.
         """
-        with _explained(self.folder):
+        with disk.explained(self.folder):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -142,8 +144,9 @@ class Checkpoints:
         return Restored(step=step, state=state, record=found.record)
 
     def close(self) -> None:
-        """Ends the background work."""
-        self._manager.close()
+        """Ends the background work. Errors of it were raised by :meth:`save` or :meth:`wait`."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
 
 def _flat(state: Any) -> dict[str, jax.Array]:
@@ -152,29 +155,6 @@ def _flat(state: Any) -> dict[str, jax.Array]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-
-
-class _explained:
-    """Turns a failed write into one line that says what to do."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, CheckpointError):
-            return
-        text = str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        words = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "ENOSPC")
-        if full or any(word in text for word in words):
-            raise CheckpointError(
-                f"no room to write a checkpoint in {self._folder}: free some space, then continue with "
-                "resume_from_checkpoint=true; the checkpoints before it are whole"
-            ) from error
-        raise CheckpointError(f"a checkpoint could not be written to {self._folder}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -29,8 +30,7 @@ class Interrupts:
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, notify: Any = print):
-        self._notify = notify
+    def __init__(self) -> None:
         self._received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -58,4 +58,5 @@ class Interrupts:
             signal.raise_signal(number)
             return
         self._received = number
-        self._notify(f"{signal.Signals(number).name}: saving and leaving; once more to leave at once")
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{signal.Signals(number).name}: saving and leaving; once more to leave at once\n".encode())

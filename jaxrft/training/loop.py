@@ -12,8 +12,8 @@ import numpy as np
 from jaxrft.config import parse
 from jaxrft.tracking import Tracker
 from jaxrft.tracking.timing import CompileCounter, PhaseTimer, peak_memory_bytes
+from jaxrft.training import disk, summary
 from jaxrft.training import metrics as measures
-from jaxrft.training import summary
 from jaxrft.training.audit import Audit
 from jaxrft.training.checkpoint import Checkpoints
 from jaxrft.training.interrupts import Interrupted, Interrupts
@@ -62,7 +62,7 @@ class TrainingRun:
             stack.callback(self.checkpoints.close)
             self._restore()
             self.tracker = stack.enter_context(self._make_tracker())
-            self.interrupts = stack.enter_context(Interrupts(self.tracker.message))
+            self.interrupts = stack.enter_context(Interrupts())
             self.timer, self.compiles = PhaseTimer(), CompileCounter()
             watchdog = Watchdog(self.config.watchdog, self.folder.path)
             self.phases = Phases(self.tracker.console, self.timer, watchdog, self.interrupts.check)
@@ -102,15 +102,8 @@ class TrainingRun:
         """
         self._announce()
         try:
-            if not self.started:
-                self._begin()
-            elif self.learner.needs_reference:
-                self._load_reference()
-            self._hand_over()
-            while self.learner.step < self.trainer.total_steps:
-                self._boundary()
-                self._iterate()
-            return self._finish()
+            with disk.explained(self.folder.path):
+                return self._execute()
         except Interrupted:
             if self.started:
                 self._save()
@@ -120,6 +113,17 @@ class TrainingRun:
                     "resume_from_checkpoint=true"
                 )
             raise
+
+    def _execute(self) -> dict[str, float]:
+        if not self.started:
+            self._begin()
+        elif self.learner.needs_reference:
+            self._load_reference()
+        self._hand_over()
+        while self.learner.step < self.trainer.total_steps:
+            self._boundary()
+            self._iterate()
+        return self._finish()
 
     def _begin(self) -> None:
         """All that comes before the first rollout: warm start and reference."""
@@ -208,8 +212,10 @@ class TrainingRun:
         self, rollout: RolloutBatch, shared: dict[str, float], updates: list[dict[str, float]], tokens: int
     ) -> None:
         seconds = self.timer.take()
-        shared |= seconds | self.compiles.take()
         shared |= measures.throughput(seconds, int(rollout.lengths.sum()), tokens * self.config.num_iterations)
+        # Each optimizer step of a rollout takes its share, so that records add up.
+        spent = seconds | self.compiles.take()
+        shared |= {name: value / len(updates) for name, value in spent.items()}
         shared |= {
             "epoch": self.trainer.order.epoch(self.record["rollouts"]),
             "num_tokens": self.record["num_tokens"],

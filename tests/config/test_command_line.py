@@ -44,6 +44,13 @@ def ran(monkeypatch):
     return configs
 
 
+def test_the_task_chooses_what_runs(ran, config_file, monkeypatch):
+    monkeypatch.setattr(train, "TASKS", {"rl": "elsewhere"})
+    with pytest.raises(ModuleNotFoundError, match="elsewhere"):
+        train.main([config_file, "task=rl"])
+    assert train.main([config_file, "task=sft"]) == 2
+
+
 def test_runs_the_parsed_config(ran, config_file):
     assert train.main([config_file, "rollout.max_slots=3"]) == 7
     config = parse([config_file, "rollout.max_slots=3"])

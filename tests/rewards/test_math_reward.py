@@ -1,5 +1,6 @@
 """The mathematics reward: what it accepts, and that nothing in an answer can hang or outlive the trainer."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -38,13 +39,25 @@ def grade(reward, *pairs):
     return reward(completions=[completion for completion, _ in pairs], answer=[answer for _, answer in pairs])
 
 
+def assert_ended(processes):
+    """All processes end within seconds; what nobody has waited for yet has ended too."""
+    deadline = time.monotonic() + 5
+    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def math_servers():
+    return [p for p in psutil.Process().children() if "math_server.py" in " ".join(p.cmdline())]
+
+
 @pytest.mark.parametrize(
     ("completion", "answer", "score"),
     [
         ("the sum is 46", "46", 1),
         ("12+34=46", 46, 1),
         ("the sum is 45", 46.0, 0),
-        (r"first \boxed{45}, I mean: \boxed{46}" * 0 + r"so \boxed{0.5}", r"\frac{1}{2}", 1),
+        (r"so \boxed{0.5}", r"\frac{1}{2}", 1),
         ("$x = 1/3$", "x=\\frac13", 1),
         (r"$\frac{2}{4}$", "1/2", 1),
         (r"\boxed{2\sqrt{3}}", r"$\sqrt{12}$", 1),
@@ -95,19 +108,38 @@ def test_hostile_answers_are_wrong_within_the_limit_and_others_unharmed(reward):
     assert elapsed < reward.timeout * len(HOSTILE) / reward.workers + 8
     assert reward.pop_metrics()["timeouts"] >= 5
     assert reward.pop_metrics() == {"timeouts": 0.0, "died": 0.0}
-    assert max(b - a for a, b in zip(beats, beats[1:])) < 1.0, "the trainer's threads go on"
+    assert max(b - a for a, b in itertools.pairwise(beats)) < 3, "the trainer's threads go on"
     assert grade(reward, ("46", "46"), ("45", "46")) == [1, 0]
 
 
 def test_workers_are_limited_light_and_few(reward):
     grade(reward, ("46", "46"))
-    (server,) = [p for p in psutil.Process().children() if "math_server.py" in " ".join(p.cmdline())]
+    (server,) = math_servers()
     assert len(server.children()) == 2
     assert os.getsid(server.pid) != os.getsid(0), "Ctrl-C in the trainer's terminal does not reach it"
     for process in (server, *server.children()):
         assert not any("jax" in m.path or "torch" in m.path for m in process.memory_maps())
     for child in server.children():
         assert child.rlimit(psutil.RLIMIT_AS) == (2**30, 2**30)
+
+
+def test_an_answer_that_kills_its_process_is_wrong_and_counted(reward):
+    grade(reward, ("46", "46"))
+    reward.pop_metrics()
+    (server,) = math_servers()
+    child = max(server.children(), key=lambda process: process.pid)
+
+    def kill_when_busy():
+        while child.cpu_times().user < 0.2:
+            time.sleep(0.01)
+        child.kill()
+
+    thread = threading.Thread(target=kill_when_busy)
+    thread.start()
+    assert grade(reward, (HOSTILE[0], "46"), (HOSTILE[3], "46")) == [0, 0]
+    thread.join()
+    assert reward.pop_metrics() == {"timeouts": 1.0, "died": 1.0}
+    assert grade(reward, *[("46", "46")] * 4) == [1] * 4
 
 
 def test_a_call_that_is_interrupted_leaves_no_stale_reply(reward):
@@ -127,27 +159,28 @@ def test_a_call_that_is_interrupted_leaves_no_stale_reply(reward):
 
 
 def test_killed_or_closed_processes_start_again(reward):
-    (server,) = psutil.Process().children()
+    (server,) = math_servers()
     children = server.children()
     server.kill()
     server.wait()
     assert grade(reward, ("46", "46")) == [1]
-    psutil.wait_procs(children, 5)
-    assert not any(child.is_running() for child in children)
+    assert_ended(children)
     reward.close()
     reward.close()
-    assert psutil.Process().children() == []
+    assert math_servers() == []
     assert grade(reward, ("46", "46")) == [1]
 
 
 def test_a_server_that_ends_in_a_call_is_an_error(reward):
     grade(reward, ("46", "46"))
-    (server,) = psutil.Process().children()
+    (server,) = math_servers()
+    children = server.children()
     timer = threading.Timer(0.3, server.kill)
     timer.start()
     with pytest.raises(RuntimeError, match="ended by themselves"):
         grade(reward, (HOSTILE[0], "46"))
     timer.join()
+    assert_ended(children)
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -171,5 +204,4 @@ reward(completions={[HOSTILE[0], HOSTILE[3]]!r}, answer=["46", "46"]) if {busy} 
     assert all(p.is_running() for p in processes)
     trainer.kill()
     trainer.communicate()
-    _, alive = psutil.wait_procs(processes, 5)
-    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert_ended(processes)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,10 +77,8 @@ def test_chat_prompts_have_messages_for_completions():
 
 
 def test_weights_and_what_does_not_apply():
-    scores = score(
-        lambda completions: [1.0, None, None], lambda completions: np.array([2, 3, 4]), lambda answer: [None, True, None],
-        weights=[0.5, 10.0, -1.0],
-    )  # fmt: skip
+    rewards = [lambda answer: [1.0, None, None], lambda answer: np.array([2, 3, 4]), lambda answer: [None, True, None]]
+    scores = score(*rewards, weights=[0.5, 10.0, -1.0])
     assert scores.total.dtype == scores.components["lambda"].dtype == np.float32
     assert scores.total.tolist() == [20.5, 29.0, 40.0]
     np.testing.assert_array_equal(scores.components["lambda"], np.float32([1, np.nan, np.nan]))
@@ -184,7 +183,9 @@ def test_an_exception_names_the_sample_and_keeps_its_cause(asynchronous):
     with pytest.raises(RewardError) as caught:
         score(reward, texts=texts)
     message = str(caught.value)
-    assert message.startswith(f"rewards: {reward.__name__} raised KeyError: 'cannot\\nread this' ({__file__}:")
+    assert message.startswith(
+        f"rewards: {reward.__name__} raised KeyError: 'cannot\\nread this' ({Path(__file__).relative_to(Path.cwd())}:"
+    )
     assert "on sample 1 (row 10 of the dataset), completion 'two'; rewards.on_error: none" in message
     assert "\n" not in message
     assert isinstance(caught.value.__cause__, KeyError)

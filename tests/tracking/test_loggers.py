@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ def make_tracker(folder, resumed_step=None, report_to=(), **options):
 
 def run_steps(tracker, steps):
     for step in steps:
-        tracker.log(step, {"reward": step / 10, "kl": 0.01 * step, "time/rollout": np.random.random()})
+        tracker.log(step, {"reward": step / 10, "kl": 0.01 * step, "time/rollout": time.monotonic()})
         tracker.log_completions(step, [{"prompt": "p", "completion": f"c{step}", "reward": 1.0}])
         if step % 2 == 0:
             tracker.log(step, {"eval/reward": step / 20})
@@ -265,9 +266,13 @@ def test_a_logger_that_fails_is_dropped_and_the_run_goes_on(tmp_path, capsys):
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (ValueError, "failed")])
 def test_the_way_a_run_ended_is_kept(tmp_path, capsys, error, status):
-    with pytest.raises(error), make_tracker(tmp_path) as tracker:
-        tracker.message("hello")
-        raise error
+    def run():
+        with make_tracker(tmp_path) as tracker:
+            tracker.message("hello")
+            raise error
+
+    with pytest.raises(error):
+        run()
     lines = (tmp_path / "messages.txt").read_text().splitlines()
     assert [line[20:] for line in lines] == ["hello", f"run {status}"]
     assert capsys.readouterr().out == "hello\n"

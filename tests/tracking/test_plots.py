@@ -21,9 +21,9 @@ def records(steps=60, every=20, supervised=0):
     for step in range(steps + 1):
         if step:
             found.append({
-                "step": step, "time": 1.0, "reward": step / 100 + 0.01 * rng.standard_normal(), "entropy": 2 - step / 60,
-                "completions/mean_length": 30.0 + step, "completions/clipped_ratio": 0.5, "kl": 1e-3 * step,
-                "sampling/logprob_difference/mean": 1e-6,
+                "step": step, "time": 1.0, "reward": step / 100 + 0.01 * rng.standard_normal(),
+                "entropy": 2 - step / 60, "completions/mean_length": 30.0 + step, "completions/clipped_ratio": 0.5,
+                "kl": 1e-3 * step, "sampling/logprob_difference/mean": 1e-6,
             })  # fmt: skip
         if step % every == 0:
             found.append({"step": step, "eval/reward": 0.2 + step / 100})

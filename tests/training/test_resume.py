@@ -8,12 +8,12 @@ import signal
 import jax
 import numpy as np
 import pytest
-from tests.training.tiny import ROWS, digits, tiny_config
 
 from jaxrft import RLTrainer
 from jaxrft.config import ConfigError
 from jaxrft.tracking import read_metrics
 from jaxrft.training import Interrupted
+from tests.training.tiny import ROWS, digits, tiny_config
 
 SETTINGS = {
     "max_steps": 6,

@@ -126,7 +126,9 @@ def train_in_torch(folder, iterations, loss_type, longest):
     return {name: p.detach().numpy() for name, p in model.named_parameters()}, norms
 
 
-@pytest.mark.parametrize(("micro_batches", "iterations", "loss_type"), [(1, 1, "grpo"), (4, 2, "dapo"), (4, 1, "dr_grpo")])
+@pytest.mark.parametrize(
+    ("micro_batches", "iterations", "loss_type"), [(1, 1, "grpo"), (4, 2, "dapo"), (4, 1, "dr_grpo")]
+)
 def test_updates_equal_torch(torch_folder, tmp_path, micro_batches, iterations, loss_type):
     config = RLConfig(
         **SETTINGS,

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from jaxrft.algorithms.advantages import Baseline, Scale
+from jaxrft.algorithms.choices import require_choice
 from jaxrft.algorithms.objectives import PolicyObjective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvantageEstimator:
-    """How rewards become advantages, see :func:`~jaxrft.algorithms.advantages.group_advantages`."""
+    """How rewards become advantages, see :func:`~jaxrft.algorithms.advantages.group_advantages`.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
 
     baseline: Baseline = "mean"
     scale: Scale = "std"
+
+    def __post_init__(self) -> None:
+        require_choice("baseline", self.baseline, get_args(Baseline))
+        require_choice("scale", self.scale, get_args(Scale))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,16 +35,21 @@ class Recipe:
     policy: PolicyObjective = PolicyObjective()
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
-        """This recipe with some fields, named as in either of its parts, changed."""
-        parts = {}
-        for name in ("advantage", "policy"):
-            part = getattr(self, name)
-            fields = {f.name for f in dataclasses.fields(part)}
-            parts[name] = dataclasses.replace(part, **{k: v for k, v in overrides.items() if k in fields})
-        return Recipe(**parts)
+        """This recipe with some fields, named as in its parts, changed.
+
+        Raises:
+            ValueError: no part has a field of that name (the message gives the nearest), or the value is refused.
+        """
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        owner = {field.name: name for name, part in parts.items() for field in dataclasses.fields(part)}
+        changes: dict[str, dict[str, Any]] = {name: {} for name in parts}
+        for field, value in overrides.items():
+            require_choice("recipe field", field, owner)
+            changes[owner[field]][field] = value
+        return Recipe(**{name: dataclasses.replace(part, **changes[name]) for name, part in parts.items()})
 
 
-_RECIPES = {
+RECIPES: dict[str, Recipe] = {
     # arXiv:2402.03300; no KL by default, as later work and TRL have it.
     "grpo": Recipe(policy=PolicyObjective(reduction="sequence_mean")),
     # arXiv:2503.20783: neither the standard deviation nor the response's length biases the gradient.
@@ -48,7 +61,7 @@ _RECIPES = {
 
 def recipes() -> list[str]:
     """Names of all recipes."""
-    return sorted(_RECIPES)
+    return sorted(RECIPES)
 
 
 def recipe(name: str) -> Recipe:
@@ -57,8 +70,5 @@ def recipe(name: str) -> Recipe:
     Raises:
         ValueError: there is none; the message names the nearest.
     """
-    if name not in _RECIPES:
-        near = difflib.get_close_matches(name, _RECIPES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"recipe: got {name!r}, takes one of {', '.join(recipes())}{hint}")
-    return _RECIPES[name]
+    require_choice("recipe", name, recipes())
+    return RECIPES[name]
