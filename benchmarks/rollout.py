@@ -137,9 +137,7 @@ def run_case(arguments, model, vocab_size, peer, *, concurrency, prompt_length, 
                 seconds[name].append(timed(side))
         compilations = engine.compilations
     tokens = len(prompts) * arguments.group * response_length
-    result: dict[str, Any] = {
-        name: summary(seconds[name], first[name], tokens, response_length) for name in sides
-    }
+    result: dict[str, Any] = {name: summary(seconds[name], first[name], tokens, response_length) for name in sides}
     result["jaxrft"]["compilations"] = compilations
     if "transformers" in sides:
         ratio = result["jaxrft"]["tokens_per_second"] / result["transformers"]["tokens_per_second"]

@@ -21,7 +21,7 @@ from jaxrft.models.hf_config import complete
 from jaxrft.models.hub import checkpoint_folder
 from jaxrft.models.names import HARMLESS_EXTRAS, Tensor, tensors_of
 from jaxrft.models.spec import DecoderSpec
-from jaxrft.models.weight_files import FLOAT_TYPES, WeightFiles, write_weights
+from jaxrft.models.weight_files import FLOAT_TYPES, WeightFiles, write_json, write_weights
 
 COMPUTE_TYPES = ("float32", "bfloat16")
 FILE_TYPES = ("float32", "bfloat16", "float16")
@@ -70,6 +70,8 @@ def from_config(
     """
     family = family_of(hf_config)
     spec = family.spec(complete(hf_config, strict=True))
+    if hf_config.get("attention_dropout"):
+        raise ConfigError(f"attention_dropout: got {hf_config['attention_dropout']}, takes 0: there is no dropout here")
     model = _abstract(spec, dtype)
     model.hf_config = json.dumps(hf_config)
     make = jax.jit(lambda: nnx.state(Decoder(spec, rngs=nnx.Rngs(seed))), out_shardings=_placement(mesh))
@@ -103,11 +105,14 @@ def save(
         raise ConfigError(f"dtype: got {dtype!r}, takes one of {', '.join(FILE_TYPES)}")
     config = {**export_config(model), "dtype": dtype, "torch_dtype": dtype}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, named_tensors(model), np.dtype(jnp.dtype(dtype)), shard_bytes)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+    write_weights(folder, named_tensors(model), dtype, shard_bytes)
+    write_json(folder / "config.json", config)
     if model.generation_config:
-        (folder / "generation_config.json").write_text(json.dumps(json.loads(model.generation_config), indent=2) + "\n")
+        write_json(folder / "generation_config.json", json.loads(model.generation_config))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -128,7 +133,7 @@ def named_tensors(model: Decoder) -> Iterator[tuple[Tensor, jax.Array]]:
 
 
 def _abstract(spec: DecoderSpec, dtype: str) -> Decoder:
-    if jnp.dtype(dtype).name not in COMPUTE_TYPES:
+    if dtype not in COMPUTE_TYPES:
         raise ConfigError(f"dtype: got {dtype!r}, takes one of {', '.join(COMPUTE_TYPES)}")
     return nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
 

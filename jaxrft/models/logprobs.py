@@ -99,17 +99,22 @@ def _join(parts: Array, batch: int) -> Array:
     return array.reshape(batch, chunks * size // batch, *rest)
 
 
-def _chunk_logits(hidden, kernel, temperature):
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32) / temperature[:, None]
+def _project(hidden, kernel):
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def _chunk_forward(kernel, hidden, targets, temperature):
-    logits = _chunk_logits(hidden, kernel, temperature)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    shifted = logits - log_normalizer[:, None]
-    entropy = -jnp.sum(jnp.exp(shifted) * shifted, axis=-1)
-    return target_logits - log_normalizer, entropy, log_normalizer
+    logits = _project(hidden, kernel)
+    # The largest logit is taken off before the division, which compilers round differently in each of its uses:
+    # so the largest is exactly 0 everywhere, and sharp distributions keep their digits.
+    peak = jnp.max(logits, axis=-1)
+    shifted = (logits - peak[:, None]) / temperature[:, None]
+    weights = jnp.exp(shifted)
+    total = jnp.sum(weights, axis=-1)
+    log_total = jnp.log(total)
+    entropy = log_total - jnp.sum(weights * shifted, axis=-1) / total
+    chosen = jnp.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
+    return chosen - log_total, entropy, peak, log_total
 
 
 def _forward(hidden, kernel, targets, temperature, chunk):
@@ -126,8 +131,8 @@ def _projected(hidden, kernel, targets, temperature, chunk):
 
 
 def _projected_forward(hidden, kernel, targets, temperature, chunk):
-    logprobs, entropy, log_normalizer = _forward(hidden, kernel, targets, temperature, chunk)
-    return (logprobs, entropy), (hidden, kernel, targets, temperature, log_normalizer, entropy)
+    logprobs, entropy, peak, log_total = _forward(hidden, kernel, targets, temperature, chunk)
+    return (logprobs, entropy), (hidden, kernel, targets, temperature, entropy, peak, log_total)
 
 
 def _projected_backward(chunk, residuals, cotangents):
@@ -144,19 +149,16 @@ def _projected_backward(chunk, residuals, cotangents):
     return _join(d_hidden, hidden.shape[0]), d_kernel.astype(kernel.dtype), None, None
 
 
-def _chunk_backward(kernel, hidden, targets, temperature, log_normalizer, entropy, d_logprobs, d_entropy):
+def _chunk_backward(kernel, hidden, targets, temperature, entropy, peak, log_total, d_logprobs, d_entropy):
     """Cotangents of one chunk.
 
     With p = softmax(z): d logprob / d z = onehot - p, and d entropy / d z = -p (log p + entropy).
     """
-    log_p = _chunk_logits(hidden, kernel, temperature) - log_normalizer[:, None]
-    p = jnp.exp(log_p)
-    d_logits = -p * (d_logprobs[:, None] + d_entropy[:, None] * (log_p + entropy[:, None]))
+    log_p = (_project(hidden, kernel) - peak[:, None]) / temperature[:, None] - log_total[:, None]
+    d_logits = -jnp.exp(log_p) * (d_logprobs[:, None] + d_entropy[:, None] * (log_p + entropy[:, None]))
     d_logits = d_logits.at[jnp.arange(targets.shape[0]), targets].add(d_logprobs)
     d_logits = (d_logits / temperature[:, None]).astype(hidden.dtype)
-    d_hidden = jnp.matmul(d_logits, kernel.T)
-    d_kernel = jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
-    return d_hidden, d_kernel
+    return jnp.matmul(d_logits, kernel.T), _project(hidden.T, d_logits)
 
 
 _projected.defvjp(_projected_forward, _projected_backward)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -96,7 +98,7 @@ def weight_paths(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[Tensor, jax.Array]], dtype: np.dtype, shard_bytes: int) -> None:
+def write_weights(folder: Path, tensors: Iterable[tuple[Tensor, jax.Array]], dtype: str, shard_bytes: int) -> None:
     """Writes tensors as one file, or as shards with an index where they exceed ``shard_bytes``.
 
     Holds one shard in host memory at a time.
@@ -107,25 +109,33 @@ def write_weights(folder: Path, tensors: Iterable[tuple[Tensor, jax.Array]], dty
         dtype: type in the file.
         shard_bytes: a shard grows to at most this, unless a single tensor is larger.
     """
-    shards = list(_plan(list(tensors), dtype.itemsize, shard_bytes))
+    itemsize = jnp.dtype(dtype).itemsize
+    shards = list(_plan(list(tensors), itemsize, shard_bytes))
     names = [SINGLE_FILE] if len(shards) == 1 else []
     names = names or [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards):
-        arrays = {tensor.name: _file_layout(tensor, array, dtype) for tensor, array in shard}
+        # Through new arrays: JAX keeps the host's copy of an array as long as the array lives.
+        arrays = {tensor.name: np.asarray(_file_layout(array, tensor.transposed, dtype)) for tensor, array in shard}
         _replace(folder / file, lambda path, arrays=arrays: save_file(arrays, path, metadata={"format": "pt"}))
     if len(shards) > 1:
-        total = sum(array.size * dtype.itemsize for shard in shards for _, array in shard)
+        total = sum(array.size * itemsize for shard in shards for _, array in shard)
         weight_map = {tensor.name: file for file, shard in zip(names, shards) for tensor, _ in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _replace(folder / INDEX_FILE, lambda path: path.write_text(json.dumps(index, indent=2) + "\n"))
+        write_json(folder / INDEX_FILE, index)
+        names.append(INDEX_FILE)
     for old in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE_FILE, folder / INDEX_FILE]:
-        if old.name not in names and not (old.name == INDEX_FILE and len(shards) > 1):
+        if old.name not in names:
             old.unlink(missing_ok=True)
 
 
-def _file_layout(tensor: Tensor, array: jax.Array, dtype: np.dtype) -> np.ndarray:
-    host = np.asarray(array)
-    return np.ascontiguousarray(host.T if tensor.transposed else host, dtype=dtype)
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes ``value`` as indented JSON; the file is whole or is not there."""
+    _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _file_layout(array: jax.Array, transposed: bool, dtype: str) -> jax.Array:
+    return (array.T if transposed else array).astype(dtype)
 
 
 def _plan(tensors: list, itemsize: int, limit: int) -> Iterator[list]:
@@ -142,7 +152,7 @@ def _plan(tensors: list, itemsize: int, limit: int) -> Iterator[list]:
         yield shard
 
 
-def _replace(path: Path, write: Any) -> None:
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside ``path`` and renames, so that a file is whole or is not there."""
     partial = path.with_name(path.name + ".partial")
     try:

@@ -7,14 +7,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jaxrft.config.base import ConfigError
-from jaxrft.rollout import programs
+from jaxrft.models import Decoder
+from jaxrft.rollout.checks import check_requests, check_stops
+from jaxrft.rollout.loop import Loop
+from jaxrft.rollout.programs import programs_of
 from jaxrft.rollout.records import Completion, Request, SamplingParams
-from jaxrft.rollout.sampling import modes, sampling_values, stop_token_ids
-from jaxrft.rollout.scheduler import Group, Scheduler, bucket, pad_prompts, power_of_two
+from jaxrft.rollout.sampling import stop_token_ids
+from jaxrft.rollout.scheduler import Scheduler, power_of_two
 
 TAGS = ("weights", "kv_cache")
 
@@ -49,7 +51,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: Decoder,
         tokenizer: Any = None,
         max_slots: int = 64,
         max_length: int = 1024,
@@ -65,10 +67,10 @@ class NativeEngine:
         if max_length < 2:
             raise ConfigError(f"max_length: got {max_length!r}, takes at least 2: a prompt token and a drawn one")
         graphdef, params = nnx.split(model)
-        self._leaves: tuple[Any, ...] | None = None
-        leaves, self._treedef = jax.tree.flatten(params)
-        self._leaves = tuple(leaves)
-        self._programs = programs.programs_of(graphdef, self._treedef)
+        leaves, treedef = jax.tree.flatten(params)
+        self._leaves: tuple[jax.Array, ...] | None = tuple(leaves)
+        self._treedef: Any = treedef
+        self._programs = programs_of(graphdef, self._treedef)
         self._vocab_size = model.spec.vocab_size
         self._tokenizer = tokenizer
         self._eos_ids = _eos_ids(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
@@ -98,7 +100,10 @@ class NativeEngine:
             RuntimeError: the engine is closed, asleep, or its weights were deleted.
         """
         leaves = self._ready_weights()
-        self._check(requests, sampling)
+        stop_ids = stop_token_ids(sampling, self._eos_ids)
+        check_requests(requests, max_length=self._max_length, vocab_size=self._vocab_size)
+        has_tokenizer = self._tokenizer is not None
+        check_stops(sampling, stop_ids, vocab_size=self._vocab_size, has_tokenizer=has_tokenizer)
         if not requests:
             return []
         total = sum(request.n for request in requests)
@@ -107,13 +112,22 @@ class NativeEngine:
             sampling,
             slots=min(self._max_slots, power_of_two(total)),
             max_length=self._max_length,
-            stop_ids=stop_token_ids(sampling, self._eos_ids),
+            stop_ids=stop_ids,
             decode=self._text,
             version=self.version,
         )
         before = len(self._programs.compiled)
         try:
-            self._run(leaves, scheduler, sampling, on_progress)
+            Loop(
+                self._programs,
+                leaves,
+                scheduler,
+                sampling,
+                self._eos_ids,
+                steps=self._steps,
+                max_length=self._max_length,
+                max_prefill_tokens=self._max_prefill_tokens,
+            ).run(on_progress)
         finally:
             self.compilations += len(self._programs.compiled) - before
         return [completion for completion in scheduler.completions if completion is not None]
@@ -128,7 +142,7 @@ class NativeEngine:
         self._refuse_closed()
         leaves, treedef = jax.tree.flatten(params)
         if treedef != self._treedef:
-            raise ConfigError("params: not the state of this engine's model; pass the second result of nnx.split(model)")
+            raise ConfigError("params: not the state of this engine's model: pass the second result of nnx.split")
         self._leaves, self.version = tuple(leaves), version
 
     def sleep(self, level: int = 1) -> None:
@@ -165,50 +179,16 @@ class NativeEngine:
     ) -> None:
         self.close()
 
-    def _run(self, leaves, scheduler, sampling, on_progress) -> None:
-        values = sampling_values(sampling, self._eos_ids)
-        first_mode, mode = modes(sampling)
-        slots, total = scheduler.slots, len(scheduler.completions)
-        state = programs.empty_state(slots, values.key)
-        caches: programs.Caches | None = None
-        groups: list[Group] = []
-        pending: list[tuple[jax.Array, np.ndarray]] = []
-        while scheduler.finished < total:
-            while scheduler.queue and len(scheduler.free):
-                if not groups:
-                    groups = scheduler.next_prompts(self._max_prefill_tokens)
-                    prompts = self._programs.prefill(leaves, *pad_prompts(groups, self._max_length))
-                placement = scheduler.place(groups)
-                state = self._programs.place(state, prompts.logits, placement, values, first_mode)
-                caches = self._fit(leaves, caches, scheduler, slots)
-                caches = self._programs.copy(caches, prompts.caches, placement[0])
-            owner = scheduler.book(self._steps)
-            if owner is not None:
-                caches = self._fit(leaves, caches, scheduler, slots)
-                state, caches, packed = self._programs.decode(
-                    leaves, state, caches, scheduler.ended.copy(), values, steps=self._steps, mode=mode
-                )
-                pending.append((packed, owner))
-            # With nothing left to put in, the device decodes the next chunk while the host reads this one.
-            if scheduler.queue or owner is None or len(pending) > 1:
-                packed, owner = pending.pop(0)
-                scheduler.take(np.asarray(packed), owner, self._steps)
-                if on_progress is not None:
-                    on_progress(scheduler.finished, total)
-
-    def _fit(self, leaves, caches, scheduler, slots) -> programs.Caches:
-        """Caches that are as long as the longest live slot will be after what is booked."""
-        length = bucket(scheduler.cached, self._max_length)
-        if caches is None:
-            return self._programs.empty(leaves, slots, length)
-        return caches if caches[0].key.shape[2] == length else self._programs.resize(caches, length)
-
     def _ready_weights(self) -> tuple[Any, ...]:
         self._refuse_closed()
         if self._asleep:
-            raise RuntimeError(f"the engine is asleep ({', '.join(sorted(self._asleep))}): call wake() before generate()")
+            raise RuntimeError(
+                f"the engine is asleep ({', '.join(sorted(self._asleep))}): call wake() before generate()"
+            )
         if self._leaves is None:
-            raise RuntimeError("the engine let go of its weights in sleep(level=2): call update_weights(params, version)")
+            raise RuntimeError(
+                "the engine let go of its weights in sleep(level=2): call update_weights(params, version)"
+            )
         if any(leaf.is_deleted() for leaf in self._leaves):
             raise RuntimeError(
                 "the engine's weights were deleted, as a step does that donates them: "
@@ -219,22 +199,6 @@ class NativeEngine:
     def _refuse_closed(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed: make a new one")
-
-    def _check(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
-        if sampling.stop and self._tokenizer is None:
-            raise ConfigError("stop: texts need an engine with a tokenizer; pass tokenizer=, or use stop_token_ids")
-        for place, request in enumerate(requests):
-            length = len(request.prompt_ids)
-            if length >= self._max_length:
-                raise ConfigError(
-                    f"request {place}: its prompt has {length} tokens, this engine takes at most "
-                    f"{self._max_length - 1}: shorten the prompt, or make the engine with a larger max_length"
-                )
-            if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocab_size:
-                raise ConfigError(
-                    f"request {place}: its prompt holds a token outside of the model's vocabulary of "
-                    f"{self._vocab_size}: use the model's own tokenizer"
-                )
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -60,7 +61,7 @@ class Prefilled(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Which slots take which prompt; rows of one int32 array, so that one transfer carries them.
+    """Which slots take which prompt; int32 NumPy arrays.
 
     Attributes:
         row: the prompt's row in :class:`Prefilled`; -1 leaves the slot as it is.
@@ -70,11 +71,11 @@ class Placement(NamedTuple):
         sample: the completion's place in its group.
     """
 
-    row: Int[Array, "slots"]
-    length: Int[Array, "slots"]
-    limit: Int[Array, "slots"]
-    seed: Int[Array, "slots"]
-    sample: Int[Array, "slots"]
+    row: Int[np.ndarray, "slots"]
+    length: Int[np.ndarray, "slots"]
+    limit: Int[np.ndarray, "slots"]
+    seed: Int[np.ndarray, "slots"]
+    sample: Int[np.ndarray, "slots"]
 
 
 class Programs:
@@ -100,7 +101,9 @@ class Programs:
         """Caches of ``length`` tokens for ``slots`` completions."""
         return self._call(("empty", slots, length), self._empty, leaves, slots=slots, length=length)
 
-    def prefill(self, leaves, tokens: Int[Array, "prompts time"], lengths: Int[Array, "prompts"]) -> Prefilled:
+    def prefill(
+        self, leaves, tokens: Int[np.ndarray, "prompts time"], lengths: Int[np.ndarray, "prompts"]
+    ) -> Prefilled:
         """Runs right-padded prompts."""
         return self._call(("prefill", *tokens.shape), self._prefill, leaves, tokens, lengths)
 
@@ -108,17 +111,17 @@ class Programs:
         self,
         state: SlotState,
         logits: Float[Array, "prompts vocab"],
-        placement: Int[Array, "5 slots"],
+        placement: Placement,
         values: SamplingValues,
         mode: Mode,
     ) -> SlotState:
-        """Starts completions in slots: draws the first token of each. ``placement`` is a :class:`Placement`."""
-        slots = placement.shape[1]
-        logits = self._call(("take", len(logits), slots), self._take, logits, placement[0])
+        """Starts completions in slots: draws the first token of each."""
+        slots = len(placement.row)
+        logits = self._call(("take", len(logits), slots), self._take, logits, placement.row)
         key = ("place", slots, values.stop_ids.size, mode)
         return self._call(key, self._place, state, logits, placement, values, mode=mode)
 
-    def copy(self, caches: Caches, prompts: Caches, row: Int[Array, "slots"]) -> Caches:
+    def copy(self, caches: Caches, prompts: Caches, row: Int[np.ndarray, "slots"]) -> Caches:
         """Puts row ``row`` of ``prompts`` at the start of every slot whose ``row`` is not negative.
 
         Columns of ``prompts`` past the end of ``caches`` are left out: they must be padding.
@@ -218,7 +221,6 @@ def empty_state(slots: int, key: Key[Array, ""]) -> SlotState:
 
 
 def _place_impl(state, logits, placement, values, *, mode):
-    placement = Placement(*placement)
     taken = placement.row >= 0
     keys = jax.vmap(jax.random.fold_in, (None, 0))(values.key, placement.seed.astype(jnp.uint32))
     keys = jax.vmap(jax.random.fold_in)(keys, placement.sample)

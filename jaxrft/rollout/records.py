@@ -58,22 +58,24 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
-            _require(isinstance(value, list | tuple), name, value, "a list")
-            object.__setattr__(self, name, tuple(value))
-        _check_temperature("temperature", self.temperature, greedy=True)
-        if self.first_token_temperature is not None:
-            _check_temperature("first_token_temperature", self.first_token_temperature, greedy=False)
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and at most 1")
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 to 1")
-        _require(_is_integer(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0 (0: all)")
-        _require(_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        takes = f"an integer from 0 to max_tokens ({self.max_tokens})"
-        _require(_is_integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, takes)
-        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "texts of at least one character")
-        takes = "token ids of at least 0"
-        _require(all(_is_integer(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, takes)
-        _require(_is_integer(self.seed), "seed", self.seed, "an integer")
+            _check(self, name, isinstance(getattr(self, name), list | tuple), "a list")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        above = f"a number of at least {MIN_TEMPERATURE}"
+        _check(
+            self, "temperature", _is_temperature(self.temperature) or self.temperature == 0, f"0 (greedy) or {above}"
+        )
+        first = self.first_token_temperature
+        _check(self, "first_token_temperature", first is None or _is_temperature(first), f"{above}, or None")
+        _check(self, "top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        _check(self, "min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
+        _check(self, "top_k", _is_integer(self.top_k) and self.top_k >= 0, "an integer of at least 0 (0: all)")
+        _check(self, "max_tokens", _is_integer(self.max_tokens) and self.max_tokens >= 1, "at least 1")
+        holds = _is_integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens
+        _check(self, "min_tokens", holds, f"an integer from 0 to max_tokens ({self.max_tokens})")
+        _check(self, "stop", all(isinstance(s, str) and s for s in self.stop), "texts of at least one character")
+        holds = all(_is_integer(token) and token >= 0 for token in self.stop_token_ids)
+        _check(self, "stop_token_ids", holds, "token ids of at least 0")
+        _check(self, "seed", _is_integer(self.seed), "an integer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +98,8 @@ class Request:
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:
             raise ConfigError("prompt_ids: got an empty prompt, takes at least one token")
-        _require(_is_integer(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
-        _require(self.seed is None or _is_integer(self.seed), "seed", self.seed, "an integer or None")
+        _check(self, "n", _is_integer(self.n) and self.n >= 1, "an integer of at least 1")
+        _check(self, "seed", self.seed is None or _is_integer(self.seed), "an integer or None")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,12 +125,6 @@ class Completion:
     versions: tuple[tuple[int, int], ...] = ((0, 0),)
 
 
-def _check_temperature(name: str, value: Any, *, greedy: bool) -> None:
-    takes = f"0 (greedy) or a number of at least {MIN_TEMPERATURE}" if greedy else f"a number of at least {MIN_TEMPERATURE}"
-    holds = _is_number(value) and ((greedy and value == 0) or MIN_TEMPERATURE <= value < math.inf)
-    _require(holds, name, value, takes)
-
-
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
@@ -137,6 +133,10 @@ def _is_number(value: Any) -> bool:
     return _is_integer(value) or isinstance(value, float | np.floating)
 
 
-def _require(holds: bool, name: str, value: Any, takes: str) -> None:
+def _is_temperature(value: Any) -> bool:
+    return _is_number(value) and MIN_TEMPERATURE <= value < math.inf
+
+
+def _check(record: Any, name: str, holds: bool, takes: str) -> None:
     if not holds:
-        raise ConfigError(f"{name}: got {value!r}, takes {takes}")
+        raise ConfigError(f"{name}: got {getattr(record, name)!r}, takes {takes}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrft.rollout.programs import Placement, Prefilled
+from jaxrft.rollout.programs import Placement
 from jaxrft.rollout.records import Completion, FinishReason, Request, SamplingParams
 from jaxrft.rollout.stopping import stop_text_end
 
@@ -113,13 +113,9 @@ class Scheduler:
             group.row = row
         return groups
 
-    def place(self, groups: list[Group]) -> Int[np.ndarray, "5 slots"]:
-        """Fills free slots from ``groups``, in order; what is full leaves ``groups`` and the queue.
-
-        Returns:
-            The fields of :class:`Placement`, one a row.
-        """
-        fields = np.full((len(Placement._fields), len(self._owner)), -1, np.int32)
+    def place(self, groups: list[Group]) -> Placement:
+        """Fills free slots from ``groups``, in order; what is placed whole leaves ``groups`` and the queue."""
+        fields = np.full((len(Placement._fields), self.slots), -1, np.int32)
         free = list(self.free)
         while groups and free:
             group = groups[0]
@@ -127,8 +123,7 @@ class Scheduler:
             slots, free = free[:count], free[count:]
             samples = np.arange(group.placed, group.placed + count)
             seed = np.uint32(group.seed & 0xFFFFFFFF).view(np.int32)
-            for field, value in enumerate((group.row, len(group.prompt), group.limit, seed, samples)):
-                fields[field, slots] = value
+            fields[:, slots] = np.broadcast_arrays(group.row, len(group.prompt), group.limit, seed, samples)
             self._owner[slots] = group.first + samples
             self._length[slots], self._limit[slots] = len(group.prompt), group.limit
             self._drawn[slots] = self._booked[slots] = 0
@@ -137,24 +132,27 @@ class Scheduler:
             if group.waiting == 0:
                 groups.pop(0)
                 self.queue.popleft()
-        return fields
+        return Placement(*fields)
+
+    def cached_after(self, steps: int) -> int:
+        """Tokens that the longest live slot has in the caches once ``steps`` more are drawn: all but the newest."""
+        cached = self._length + self._booked_after(steps) - 1
+        return int(cached[self._owner != EMPTY].max(initial=0))
 
     def book(self, steps: int) -> Int[np.ndarray, "slots"] | None:
-        """Counts on ``steps`` more tokens for every slot.
+        """Counts on a chunk of ``steps`` more tokens for every slot.
 
         Returns:
-            Which completion is in each slot; None where what was booked before already finishes all of them.
+            Which completion is in each slot; None where the chunks booked before finish all of them.
         """
         if not ((self._owner != EMPTY) & (self._booked < self._limit)).any():
             return None
-        # The first chunk of a completion also brings the token that its prompt gave.
-        self._booked = np.minimum(self._booked + steps + (self._booked == 0), self._limit)
+        self._booked = self._booked_after(steps)
         return self._owner.copy()
 
-    @property
-    def cached(self) -> int:
-        """Tokens that the longest live slot has in the cache after what is booked: all but the newest."""
-        return int((self._length + np.maximum(self._booked, 1) - 1)[self._owner != EMPTY].max())
+    def _booked_after(self, steps: int) -> Int[np.ndarray, "slots"]:
+        # The first chunk of a completion also brings the token that its prompt gave.
+        return np.minimum(self._booked + steps + (self._booked == 0), self._limit)
 
     def take(self, packed: Int[np.ndarray, "rows slots"], owner: Int[np.ndarray, "slots"], steps: int) -> None:
         """Reads what a chunk drew: ``packed`` as the decode program returns it, ``owner`` as when it was booked."""
@@ -174,12 +172,12 @@ class Scheduler:
         self._drawn = np.where(same, produced, self._drawn)
         if self._sampling.stop:
             self._apply_stop_texts(same, before, done)
-        for slot in np.flatnonzero(done):
+        for slot in np.flatnonzero(done).tolist():
             self._finish(slot, self._reason(slot))
 
     def _apply_stop_texts(self, same: Bool[np.ndarray, "slots"], before: np.ndarray, done: np.ndarray) -> None:
         assert self._decode is not None
-        for slot in np.flatnonzero(same):
+        for slot in np.flatnonzero(same).tolist():
             tokens = self._tokens[slot, : self._drawn[slot]].tolist()
             seen = max(int(before[slot]), self._sampling.min_tokens)
             end = stop_text_end(self._decode, tokens, seen, self._sampling.stop)
@@ -214,6 +212,3 @@ def pad_prompts(
     for row, group in enumerate(groups):
         tokens[row, : lengths[row]] = group.prompt
     return tokens, lengths
-
-
-__all__ = ["Group", "Prefilled", "Scheduler", "bucket", "pad_prompts", "power_of_two"]

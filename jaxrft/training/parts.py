@@ -85,7 +85,8 @@ def build_recipe(config: RLConfig) -> alg.Recipe:
 
 def build_engine(config: RLConfig, model: nnx.Module, tokenizer: Any) -> NativeEngine:
     """The engine, with room for the longest prompt and completion."""
-    return NativeEngine(
+    engines = {"native": NativeEngine}
+    return engines[config.rollout.engine](
         model,
         tokenizer,
         max_slots=config.rollout.max_slots,

@@ -172,5 +172,10 @@ class _Reader(ast.NodeVisitor):
             self.variables[-1].pop(target.id, None)
             if kind:
                 self.variables[-1][target.id] = kind
-        elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self" and kind:
+        elif (
+            isinstance(target, ast.Attribute)
+            and isinstance(target.value, ast.Name)
+            and target.value.id == "self"
+            and kind
+        ):
             self.attributes[target.attr] = kind

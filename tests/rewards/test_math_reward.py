@@ -123,11 +123,12 @@ def test_workers_are_limited_light_and_few(reward):
         assert child.rlimit(psutil.RLIMIT_AS) == (2**30, 2**30)
 
 
-def test_an_answer_that_kills_its_process_is_wrong_and_counted(reward):
-    grade(reward, ("46", "46"))
-    reward.pop_metrics()
-    (server,) = math_servers()
-    child = max(server.children(), key=lambda process: process.pid)
+def test_an_answer_that_kills_its_process_is_wrong_and_counted():
+    patient = MathReward(timeout=300.0, workers=1)
+    before = math_servers()
+    assert grade(patient, ("46", "46")) == [1]
+    (server,) = (p for p in math_servers() if p not in before)
+    (child,) = server.children()
 
     def kill_when_busy():
         while child.cpu_times().user < 0.2:
@@ -136,10 +137,11 @@ def test_an_answer_that_kills_its_process_is_wrong_and_counted(reward):
 
     thread = threading.Thread(target=kill_when_busy)
     thread.start()
-    assert grade(reward, (HOSTILE[0], "46"), (HOSTILE[3], "46")) == [0, 0]
+    assert grade(patient, ("46", "46"), (HOSTILE[0], "46"), ("46", "46")) == [1, 0, 1]
     thread.join()
-    assert reward.pop_metrics() == {"timeouts": 1.0, "died": 1.0}
-    assert grade(reward, *[("46", "46")] * 4) == [1] * 4
+    assert patient.pop_metrics() == {"timeouts": 0.0, "died": 1.0}
+    del patient
+    assert_ended([server])
 
 
 def test_a_call_that_is_interrupted_leaves_no_stale_reply(reward):

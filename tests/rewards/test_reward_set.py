@@ -55,25 +55,32 @@ def test_a_reward_gets_what_it_takes_by_name():
 
 
 def test_chat_prompts_have_messages_for_completions():
-    messages = [{"role": "user", "content": "hi"}]
+    chat = prompt(0, [{"role": "user", "content": "hi"}])
     seen = []
 
     def reward(prompts, completions):
         seen.append((prompts, completions))
-        prompts[0][0]["content"] = completions[0] = "changed"
         return [1.0]
 
-    chat = prompt(0, messages)
-    score(reward, reward, prompts=[chat], texts=["yes"], ids=[[1]])
-    assert chat.value == [{"role": "user", "content": "hi"}], "what a reward does to its arguments stays there"
-    del seen[0]
-    score(
-        lambda prompts, completions: seen.append((prompts, completions)) or [1],
-        prompts=[chat],
-        texts=["yes"],
-        ids=[[1]],
-    )
-    assert seen[-1] == ([messages], [[{"role": "assistant", "content": "yes"}]])
+    score(reward, prompts=[chat], texts=["yes"], ids=[[1]])
+    assert seen == [([chat.value], [[{"role": "assistant", "content": "yes"}]])]
+
+
+def test_what_a_reward_does_to_its_arguments_stays_there():
+    chat = prompt(0, [{"role": "user", "content": "hi"}], answer="46")
+    seen = []
+
+    def careless(prompts, completions, completion_ids, answer):
+        seen.append((len(prompts), len(completions), len(completion_ids), list(answer)))
+        prompts[0][0]["content"] = answer[0] = "changed"
+        for argument in (prompts, completions, completion_ids):
+            argument.clear()
+        return [1.0]
+
+    ids = [[1]]
+    score(careless, careless, prompts=[chat], texts=["yes"], ids=ids)
+    assert seen == [(1, 1, 1, ["46"])] * 2
+    assert (chat.value[0]["content"], chat.columns, ids) == ("hi", {"answer": "46"}, [[1]])
 
 
 def test_weights_and_what_does_not_apply():

@@ -1,0 +1,103 @@
+"""One call of ``generate``: admit what waits, decode chunks, take out what has ended."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxrft.rollout.programs import Caches, Prefilled, Programs, empty_state
+from jaxrft.rollout.records import SamplingParams
+from jaxrft.rollout.sampling import modes, sampling_values
+from jaxrft.rollout.scheduler import Group, Scheduler, bucket, pad_prompts
+
+
+class Loop:
+    """Drives a scheduler's slots on the device. Caches live as long as this does.
+
+    Args:
+        programs, leaves: the model.
+        scheduler: the requests and their slots.
+        sampling: how to draw, with the engine's end-of-sequence tokens.
+        steps: tokens that a chunk decodes.
+        max_length: tokens of prompt and completion together at most.
+        max_prefill_tokens: prompt tokens, padding included, that are run at once.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        leaves: tuple[jax.Array, ...],
+        scheduler: Scheduler,
+        sampling: SamplingParams,
+        eos_ids: tuple[int, ...],
+        *,
+        steps: int,
+        max_length: int,
+        max_prefill_tokens: int,
+    ):
+        self._programs, self._leaves, self._scheduler = programs, leaves, scheduler
+        self._steps, self._max_length, self._max_prefill_tokens = steps, max_length, max_prefill_tokens
+        self._values = sampling_values(sampling, eos_ids)
+        self._first_mode, self._mode = modes(sampling)
+        self._state = empty_state(scheduler.slots, self._values.key)
+        self._caches: Caches | None = None
+        self._groups: list[Group] = []  # those of self._prompts that wait for slots
+        self._prompts: Prefilled | None = None
+        self._unread: collections.deque[tuple[jax.Array, np.ndarray]] = collections.deque()
+
+    def run(self, on_progress: Callable[[int, int], None] | None) -> None:
+        """Runs until every completion is there."""
+        scheduler = self._scheduler
+        total = len(scheduler.completions)
+        while scheduler.finished < total:
+            while scheduler.queue and len(scheduler.free):
+                self._admit()
+            decoding = self._decode()
+            # With nothing left to put in, the device decodes the next chunk while the host reads this one.
+            if scheduler.queue or not decoding or len(self._unread) > 1:
+                packed, owner = self._unread.popleft()
+                scheduler.take(np.asarray(packed), owner, self._steps)
+                if on_progress is not None:
+                    on_progress(scheduler.finished, total)
+
+    def _admit(self) -> None:
+        """Starts completions in free slots; runs their prompts, unless that was done for others of the group."""
+        if not self._groups:
+            self._groups = self._scheduler.next_prompts(self._max_prefill_tokens)
+            tokens, lengths = pad_prompts(self._groups, self._max_length)
+            self._prompts = self._programs.prefill(self._leaves, tokens, lengths)
+        assert self._prompts is not None
+        placement = self._scheduler.place(self._groups)
+        self._state = self._programs.place(self._state, self._prompts.logits, placement, self._values, self._first_mode)
+        caches = self._fitting_caches(self._scheduler.cached_after(self._steps))
+        self._caches = self._programs.copy(caches, self._prompts.caches, placement.row)
+        if not self._groups:
+            self._prompts = None
+
+    def _decode(self) -> bool:
+        """Starts a chunk; False where the chunks that were started before finish everything."""
+        owner = self._scheduler.book(self._steps)
+        if owner is None:
+            return False
+        self._state, self._caches, packed = self._programs.decode(
+            self._leaves,
+            self._state,
+            self._fitting_caches(self._scheduler.cached_after(0)),
+            self._scheduler.ended.copy(),
+            self._values,
+            steps=self._steps,
+            mode=self._mode,
+        )
+        self._unread.append((packed, owner))
+        return True
+
+    def _fitting_caches(self, length: int) -> Caches:
+        length = bucket(length, self._max_length)
+        if self._caches is None:
+            return self._programs.empty(self._leaves, self._scheduler.slots, length)
+        if self._caches[0].key.shape[2] == length:
+            return self._caches
+        return self._programs.resize(self._caches, length)

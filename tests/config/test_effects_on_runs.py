@@ -1,0 +1,115 @@
+"""What the fields of the loop change in two runs, from the files that they leave and what they print."""
+
+import contextlib
+import io
+
+import pytest
+
+from jaxrft import RLTrainer
+from jaxrft.config import AuditConfig, EvaluationConfig
+from jaxrft.config.parse import parse
+from jaxrft.tracking import read_completions, read_metrics
+from tests.training.tiny import ROWS, digits, tiny_config
+
+
+def run(folder, **changes):
+    """One run of the tiny model: its folder, and what it printed."""
+    config = tiny_config(folder, per_device_train_batch_size=4, **changes)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        trainer = RLTrainer(config=config, reward_funcs=digits, train_dataset=ROWS[:16], eval_dataset=ROWS[16:])
+        trainer.train()
+    return trainer.folder, output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of four updates each that differ in everything that costs no compilation."""
+    folder = tmp_path_factory.mktemp("runs")
+    often = run(
+        folder / "often",
+        max_steps=4,
+        logging_steps=2,
+        eval_steps=2,
+        num_generations_eval=2,
+        evaluation=EvaluationConfig(temperature=1.0),
+        save_steps=1,
+        save_total_limit=3,
+        num_completions_to_print=2,
+    )
+    seldom = run(
+        folder / "seldom",
+        max_steps=-1,
+        num_train_epochs=0.25,  # Of 16 prompts, one a rollout.
+        eval_on_start=False,
+        save_total_limit=1,
+        log_completions=False,
+        shuffle_dataset=False,
+        audit=AuditConfig(enabled=False),
+    )
+    return {"often": often, "seldom": seldom}
+
+
+def records(folder, key):
+    return [record["step"] for record in read_metrics(folder.metrics) if key in record]
+
+
+def test_length_of_a_run(runs):
+    """``max_steps``, or ``num_train_epochs`` where that is -1."""
+    for folder, _ in runs.values():
+        assert max(records(folder, "reward")) == 4
+
+
+def test_logging_steps(runs):
+    assert records(runs["often"][0], "reward") == [2, 4]
+    assert records(runs["seldom"][0], "reward") == [1, 2, 3, 4]
+
+
+def test_evaluations(runs):
+    """``eval_on_start``, ``eval_steps``, ``num_generations_eval``."""
+    assert records(runs["often"][0], "eval/reward") == [0, 2, 4]
+    assert records(runs["seldom"][0], "eval/reward") == [4]
+    assert "evaluation 8/8" in runs["often"][1]
+    assert "evaluation 4/4" in runs["seldom"][1]
+
+
+def test_checkpoints(runs):
+    """``save_steps``: the newest ``save_total_limit`` of those made are there."""
+    steps = {
+        name: sorted(int(p.name) for p in folder.checkpoints.iterdir() if p.name.isdigit())
+        for name, (folder, _) in runs.items()
+    }
+    assert steps == {"often": [2, 3, 4], "seldom": [4]}
+
+
+def test_completions(runs):
+    """``log_completions`` and ``num_completions_to_print``."""
+    often, printed = runs["often"]
+    assert len(list((often.path / "completions").iterdir())) == 4
+    assert printed.count("Completions of step") == 4
+    seldom, printed = runs["seldom"]
+    assert not (seldom.path / "completions").exists()
+    assert "Completions of step" not in printed
+
+
+def test_shuffle_dataset(tmp_path, runs):
+    """The order of the prompts, with and without it."""
+    made = [row["prompt"] for row in read_completions(runs["often"][0].path)][::4]
+    assert made != [row["prompt"] for row in ROWS[:4]]
+    config = tiny_config(tmp_path, per_device_train_batch_size=4, shuffle_dataset=False)
+    order = RLTrainer(config=config, reward_funcs=digits, train_dataset=ROWS[:16]).order
+    assert [order.indices(number)[0] for number in range(4)] == [0, 1, 2, 3]
+
+
+def test_audit_enabled(runs):
+    assert "audit passed" in runs["often"][1]
+    assert "audit passed" not in runs["seldom"][1]
+
+
+def test_output_dir(runs):
+    """Everything lies in ``output_dir``, the config that repeats the run too."""
+    folder, _ = runs["seldom"]
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "final"} <= {path.name for path in folder.path.iterdir()}
+    config = parse([str(folder.config)])
+    assert config.output_dir == str(folder.path)
+    assert not config.shuffle_dataset
