@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,11 @@ def test_no_torch_among_the_dependencies():
         if (name, frozenset(requirement.extras)) in seen:
             continue
         seen.add((name, frozenset(requirement.extras)))
-        for text in requires(name) or []:
+        try:
+            needs = requires(name) or []
+        except PackageNotFoundError:
+            pytest.skip(f"{name} is not installed, so what it needs is unknown")
+        for text in needs:
             needed = Requirement(text)
             if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in {"", *requirement.extras}):
                 wanted.append(needed)

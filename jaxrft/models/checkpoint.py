@@ -20,7 +20,6 @@ from jaxrft.models.families import Family, family_for, family_of
 from jaxrft.models.hf_config import complete
 from jaxrft.models.hub import checkpoint_folder
 from jaxrft.models.names import HARMLESS_EXTRAS, Tensor, tensors_of
-from jaxrft.models.spec import DecoderSpec
 from jaxrft.models.weight_files import FLOAT_TYPES, WeightFiles, write_json, write_weights
 
 COMPUTE_TYPES = ("float32", "bfloat16")
@@ -46,7 +45,8 @@ def load(
     folder = checkpoint_folder(path_or_hub_name)
     fields = _read_json(folder / "config.json")
     family = family_of(fields)
-    model = _abstract(family.spec(complete(fields)), dtype)
+    spec, compute_type = family.spec(complete(fields)), _compute_type(dtype)
+    model = nnx.eval_shape(lambda: Decoder(spec, dtype=compute_type, rngs=nnx.Rngs(0)))
     model.hf_config = json.dumps(fields)
     if (folder / "generation_config.json").is_file():
         model.generation_config = json.dumps(_read_json(folder / "generation_config.json"))
@@ -72,10 +72,11 @@ def from_config(
     spec = family.spec(complete(hf_config, strict=True))
     if hf_config.get("attention_dropout"):
         raise ConfigError(f"attention_dropout: got {hf_config['attention_dropout']}, takes 0: there is no dropout here")
-    model = _abstract(spec, dtype)
+    # Not jitted as a whole: one program that draws every parameter takes seconds to compile.
+    model = Decoder(spec, dtype=_compute_type(dtype), rngs=nnx.Rngs(seed))
     model.hf_config = json.dumps(hf_config)
-    make = jax.jit(lambda: nnx.state(Decoder(spec, rngs=nnx.Rngs(seed))), out_shardings=_placement(mesh))
-    nnx.update(model, make())
+    if mesh is not None:
+        nnx.update(model, jax.device_put(nnx.state(model), _placement(mesh)))
     return model
 
 
@@ -132,10 +133,10 @@ def named_tensors(model: Decoder) -> Iterator[tuple[Tensor, jax.Array]]:
         yield tensor, values[path][...]
 
 
-def _abstract(spec: DecoderSpec, dtype: str) -> Decoder:
+def _compute_type(dtype: str) -> jnp.dtype:
     if dtype not in COMPUTE_TYPES:
         raise ConfigError(f"dtype: got {dtype!r}, takes one of {', '.join(COMPUTE_TYPES)}")
-    return nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    return jnp.dtype(dtype)
 
 
 def _placement(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:

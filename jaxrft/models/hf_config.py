@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def complete(fields: Mapping[str, Any], *, strict: bool = False) -> dict[str, An
         # A copy in depth, since the class writes its own spelling into nested mappings.
         config = config_class.from_dict(json.loads(json.dumps(dict(fields))))
     except Exception as error:  # the config classes raise many types, their own among them
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = re.sub(r"^\w+: ", "", str(error).strip().splitlines()[-1].strip())
         raise ConfigError(f"config of a {fields['model_type']} model: {reason}") from error
     return json.loads(json.dumps(config.to_dict()))
 

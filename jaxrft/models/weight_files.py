@@ -116,7 +116,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[Tensor, jax.Array]], dty
     for file, shard in zip(names, shards):
         # Through new arrays: JAX keeps the host's copy of an array as long as the array lives.
         arrays = {tensor.name: np.asarray(_file_layout(array, tensor.transposed, dtype)) for tensor, array in shard}
-        _replace(folder / file, lambda path, arrays=arrays: save_file(arrays, path, metadata={"format": "pt"}))
+        _replace(folder / file, partial(save_file, arrays, metadata={"format": "pt"}))
     if len(shards) > 1:
         total = sum(array.size * itemsize for shard in shards for _, array in shard)
         weight_map = {tensor.name: file for file, shard in zip(names, shards) for tensor, _ in shard}
@@ -130,7 +130,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[Tensor, jax.Array]], dty
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes ``value`` as indented JSON; the file is whole or is not there."""
-    _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
+    _replace(path, lambda beside: beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -154,10 +154,10 @@ def _plan(tensors: list, itemsize: int, limit: int) -> Iterator[list]:
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside ``path`` and renames, so that a file is whole or is not there."""
-    partial = path.with_name(path.name + ".partial")
+    beside = path.with_name(path.name + ".partial")
     try:
-        write(partial)
-        os.replace(partial, path)
+        write(beside)
+        os.replace(beside, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({error}); free space or choose another folder") from error

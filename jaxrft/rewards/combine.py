@@ -112,6 +112,8 @@ class RewardSet:
         """Values of one reward, float32 [samples], and the samples that it failed on."""
         try:
             values = call(samples) if begun is None else begun.result()
+        except ConfigError:  # nothing that a sample could cause
+            raise
         except Exception as error:
             values = self._one_by_one(call, samples, error)
         return self._read(call, samples, _check_count(call, samples, values))

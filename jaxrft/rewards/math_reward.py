@@ -66,7 +66,8 @@ class MathReward:
         """Grades each completion against its row's answer.
 
         Raises:
-            RuntimeError: the grading processes did not start, or ended by themselves.
+            ConfigError: math-verify cannot be imported.
+            RuntimeError: the grading processes do not answer, or ended by themselves.
         """
         given = [i for i, wanted in enumerate(answer) if wanted is not None]
         pairs = [[completion_text(completions[i]), answer_text(answer[i])] for i in given]
@@ -117,7 +118,7 @@ class MathReward:
             if not self._ready:
                 started = self._receive(STARTUP_SECONDS)
                 if started != "ready":
-                    raise RuntimeError(f"math-verify cannot be used: {started['error']}")
+                    raise ConfigError(f"rewards: math-verify cannot be used: {started['error']}")
                 self._ready = True
             process = self._running()
             assert process.stdin is not None

@@ -112,7 +112,7 @@ def length(*, target: int | None = None, maximum: int | None = None, buffer: int
 
     def score(count: int) -> float:
         if maximum is not None and buffer is not None:
-            return -min(1.0, max(0.0, (count - (maximum - buffer)) / buffer))
+            return min(0.0, max(-1.0, (maximum - buffer - count) / buffer))
         assert target is not None
         return max(0.0, 1.0 - abs(count - target) / target)
 

@@ -141,7 +141,7 @@ class Programs:
         leaves,
         state: SlotState,
         caches: Caches,
-        ended: Bool[Array, "slots"],
+        ended: Bool[np.ndarray, "slots"],
         values: SamplingValues,
         *,
         steps: int,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxrft.data.batching import bucket_length
+from jaxrft.training.forward import AnyArray
 
 
 @jax.tree_util.register_dataclass
@@ -33,16 +34,16 @@ class TrainBatch:
             policy's own are the old ones.
     """
 
-    tokens: Int[Array, "parts rows time"]
-    prompt_lengths: Int[Array, "parts rows"]
-    lengths: Int[Array, "parts rows"]
-    mask: Float[Array, "parts rows response"]
-    temperature: Float[Array, "parts rows response"]
-    advantages: Float[Array, "parts rows"]
-    sampler_logprobs: Float[Array, "parts rows response"]
-    old_logprobs: Float[Array, "parts rows response"]
-    ref_logprobs: Float[Array, "parts rows response"] | None
-    use_old: Bool[Array, "parts"]
+    tokens: Int[AnyArray, "parts rows time"]
+    prompt_lengths: Int[AnyArray, "parts rows"]
+    lengths: Int[AnyArray, "parts rows"]
+    mask: Float[AnyArray, "parts rows response"]
+    temperature: Float[AnyArray, "parts rows response"]
+    advantages: Float[AnyArray, "parts rows"]
+    sampler_logprobs: Float[AnyArray, "parts rows response"]
+    old_logprobs: Float[AnyArray, "parts rows response"]
+    ref_logprobs: Float[AnyArray, "parts rows response"] | None
+    use_old: Bool[AnyArray, "parts"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,9 +105,7 @@ def make_batch(
         ref_logprobs=None,
         use_old=np.zeros((count // rows,), bool),
     )
-    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "use_old"}
-    split = {k: v if v is None else v.reshape(-1, rows, *v.shape[1:]) for k, v in arrays.items()}
-    return dataclasses.replace(batch, **split)
+    return jax.tree.map(lambda a: a if a is batch.use_old else a.reshape(-1, rows, *a.shape[1:]), batch)
 
 
 def select_parts(batch: TrainBatch, start: int, stop: int) -> TrainBatch:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrft.models.logprobs import projected_logprobs
 
+# Batches are built on the host, and may be handed over as they are.
+AnyArray = jax.Array | np.ndarray
+
 
 def response_logprobs(
     model: Any,
-    tokens: Int[Array, "rows time"],
-    prompt_lengths: Int[Array, "rows"],
-    lengths: Int[Array, "rows"],
-    temperature: Float[Array, "rows response"],
+    tokens: Int[AnyArray, "rows time"],
+    prompt_lengths: Int[AnyArray, "rows"],
+    lengths: Int[AnyArray, "rows"],
+    temperature: Float[AnyArray, "rows response"],
 ) -> tuple[Float[Array, "rows response"], Float[Array, "rows response"]]:
     """Log-probability and entropy of each response token; prompts are never projected to the vocabulary.
 
@@ -36,7 +41,7 @@ def response_logprobs(
     chosen = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
     targets = jnp.take_along_axis(tokens, predicting + 1, axis=1)
     logprobs, entropy = projected_logprobs(
-        chosen.reshape(-1, hidden.shape[-1]), model.output_kernel, targets.reshape(-1), temperature.reshape(-1)
+        chosen.reshape(-1, hidden.shape[-1]), model.output_kernel, targets.reshape(-1), jnp.ravel(temperature)
     )
     valid = jnp.arange(temperature.shape[1]) < (lengths - prompt_lengths)[:, None]
     zero = jnp.zeros((), jnp.float32)

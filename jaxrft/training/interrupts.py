@@ -24,8 +24,8 @@ class Interrupted(RuntimeError):
 class Interrupts:
     """Holds back SIGINT and SIGTERM within a ``with`` block.
 
-    The first signal is remembered and :meth:`check` raises at the next safe place; a second one ends the run at once, as
-    it would have without this class.
+    The first signal is remembered and :meth:`check` raises at the next safe place; a second one ends the run at
+    once, as it would have without this class.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -6,10 +6,9 @@ import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import jax
 import numpy as np
 
-from jaxrft.config import parse
+from jaxrft.config import ConfigError, parse
 from jaxrft.tracking import Tracker
 from jaxrft.tracking.timing import CompileCounter, PhaseTimer, peak_memory_bytes
 from jaxrft.training import disk, summary
@@ -19,15 +18,12 @@ from jaxrft.training.checkpoint import Checkpoints
 from jaxrft.training.interrupts import Interrupted, Interrupts
 from jaxrft.training.phases import Phases
 from jaxrft.training.rollouts import RolloutBatch, make_samples, shuffled, training_sampling
-from jaxrft.training.warm_start import supervised_samples, warm_start
+from jaxrft.training.warm_start import SupervisedStage
 from jaxrft.training.watchdog import Watchdog
 from jaxrft.training.window import MetricWindow
 
 if TYPE_CHECKING:
     from jaxrft.training.trainer import RLTrainer
-
-# Prompts of one rollout are drawn with consecutive seeds; warm start and evaluation use others.
-_WARM_START_SEED_OFFSET = 1
 
 
 class TrainingRun:
@@ -40,6 +36,9 @@ class TrainingRun:
     def __init__(self, trainer: RLTrainer):
         self.trainer, self.config = trainer, trainer.config
         self.learner, self.folder = trainer.learner, trainer.folder
+        if trainer.train_prompts is None or trainer.order is None:
+            raise ConfigError("data.train: got None; name the training prompts, or give train_dataset=...")
+        self.prompts, self.order = trainer.train_prompts, trainer.order
         self.resumed = self.folder.claim(self.config.resume_from_checkpoint, parse.to_yaml(self.config))
         # Where the run stands: rollouts done, tokens trained on, and the step of the last evaluation.
         self.record: dict[str, Any] = {"rollouts": 0, "num_tokens": 0, "evaluated": None}
@@ -100,7 +99,7 @@ class TrainingRun:
         Raises:
             Interrupted: a signal came; what was done is saved.
         """
-        self._announce()
+        summary.announce(self.tracker, self.trainer, self.learner.step if self.started else None)
         try:
             with disk.explained(self.folder.path):
                 return self._execute()
@@ -175,7 +174,7 @@ class TrainingRun:
         self._report(rollout, shared, updates, tokens)
 
     def _roll_out(self, number: int) -> RolloutBatch:
-        prompts = [self.trainer.train_prompts.prompts[i] for i in self.trainer.order.indices(number)]
+        prompts = [self.prompts.prompts[i] for i in self.order.indices(number)]
         return self.trainer.collector.collect(
             prompts,
             self.config.num_generations,
@@ -217,7 +216,7 @@ class TrainingRun:
         spent = seconds | self.compiles.take()
         shared |= {name: value / len(updates) for name, value in spent.items()}
         shared |= {
-            "epoch": self.trainer.order.epoch(self.record["rollouts"]),
+            "epoch": self.order.epoch(self.record["rollouts"]),
             "num_tokens": self.record["num_tokens"],
             "peak_memory_bytes": peak_memory_bytes(),
         }
@@ -284,58 +283,9 @@ class TrainingRun:
             raise FileNotFoundError(f"{self.folder.reference}: the reference model of this run is missing")
         self.learner.reference = restored.state
 
-    # ------------------------------------------------------------------ before RL
-
-    def _announce(self) -> None:
-        config, trainer = self.config, self.trainer
-        size = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(self.learner.state.params))
-        dropped = trainer.train_prompts.dropped
-        rows = [
-            ("model", f"{size / 1e6:.2f}M parameters, {config.model.dtype}"),
-            ("algorithm", f"{config.algorithm.recipe}: {trainer.recipe.policy}"),
-            (
-                "prompts",
-                f"{len(trainer.train_prompts.prompts)}" + (f" ({dropped} too long, dropped)" if dropped else ""),
-            ),
-            ("rollout", f"{config.rollout_prompts} prompts x {config.num_generations} completions"),
-            ("updates", f"{config.updates_per_rollout} a rollout, {trainer.total_steps} in all"),
-            ("devices", f"{trainer.mesh.size} x {trainer.mesh.devices.flat[0].device_kind}"),
-            ("folder", str(self.folder.path)),
-        ]
-        if trainer.eval_prompts is not None:
-            rows.insert(3, ("held out", f"{len(trainer.eval_prompts.prompts)} prompts"))
-        if self.started:
-            rows.append(("continues", f"from step {self.learner.step}"))
-        self.tracker.console.banner("jaxrft", rows)
-
     def _warm_start(self) -> None:
         """The supervised stage; interrupted, it starts anew."""
-        settings = self.config.warm_start
-        prompts = self.trainer.train_prompts.prompts
-        samples = supervised_samples(prompts, settings.answer_column, self.trainer.tokenizer)
-
-        def accuracy(params: Any, step: int) -> float:
-            self.interrupts.check()
-            if self.trainer.eval_prompts is None:
-                return 0.0
-            self.trainer.engine.update_weights(params, -1)
-            answers = self.trainer.answer_held_out(self.phases)
-            expected = [str(answers.prompt_of(i).columns[settings.answer_column]) for i in range(len(answers.texts))]
-            return float(np.mean([text == wanted for text, wanted in zip(answers.texts, expected)]))
-
-        def report(step: int, metrics: dict[str, float]) -> None:
-            self.tracker.log(step, {"stage": "warm_start", "steps": settings.max_steps, **metrics})
-
-        report(0, {"eval/accuracy": accuracy(self.learner.state.params, 0)})
-        params, _ = warm_start(
-            settings,
-            self.learner.graphdef,
-            self.learner.state.params,
-            samples,
-            seed=self.config.seed + _WARM_START_SEED_OFFSET,
-            accuracy=accuracy,
-            report=report,
-        )
+        params = SupervisedStage(self.trainer, self.phases, self.tracker, self.interrupts.check).run()
         self.timer.take()
         self.learner.reset(params)
         self._hand_over()

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from jaxrft import algorithms as alg
 from jaxrft import data, models, rewards
 from jaxrft.config import ConfigError, RLConfig
 from jaxrft.data.prompts import PromptSet
+from jaxrft.models.decoder import Decoder
 from jaxrft.rollout import NativeEngine
 
 
-def build_tokenizer(config: RLConfig, model: str | Path | nnx.Module | None, given: Any) -> Any:
+def build_tokenizer(config: RLConfig, model: str | Path | Decoder | None, given: Any) -> Any:
     """The tokenizer given, the one the config names, or the model's own."""
     if given is not None:
         return given
@@ -25,10 +24,18 @@ def build_tokenizer(config: RLConfig, model: str | Path | nnx.Module | None, giv
     return data.load_tokenizer(str(source), config.data.chat_template)
 
 
-def build_model(config: RLConfig, model: str | Path | nnx.Module | None, tokenizer: Any, mesh: Any) -> nnx.Module:
-    """The module given, or one loaded or made as the config says."""
-    if isinstance(model, nnx.Module):
-        return model
+def build_model(config: RLConfig, model: str | Path | Decoder | None, tokenizer: Any, mesh: Any) -> Decoder:
+    """The module given, or one loaded or made as the config says; its vocabulary must hold the tokenizer's."""
+    built = model if isinstance(model, Decoder) else _make_model(config, model, tokenizer, mesh)
+    if len(tokenizer) > built.spec.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary {built.spec.vocab_size}; "
+            "use the model's own tokenizer"
+        )
+    return built
+
+
+def _make_model(config: RLConfig, model: str | Path | None, tokenizer: Any, mesh: Any) -> Decoder:
     source = model if model is not None else config.model.path
     if source is not None:
         return models.load(str(source), dtype=config.model.dtype, mesh=mesh)
@@ -83,7 +90,7 @@ def build_recipe(config: RLConfig) -> alg.Recipe:
     return recipe.with_overrides({"constant_length": config.max_completion_length, **config.algorithm_overrides})
 
 
-def build_engine(config: RLConfig, model: nnx.Module, tokenizer: Any) -> NativeEngine:
+def build_engine(config: RLConfig, model: Decoder, tokenizer: Any) -> NativeEngine:
     """The engine, with room for the longest prompt and completion."""
     engines = {"native": NativeEngine}
     return engines[config.rollout.engine](

@@ -100,13 +100,15 @@ def group_advantages(rewards: np.ndarray, group: int, estimator: alg.AdvantageEs
 
 def make_samples(rollout: RolloutBatch, mask_truncated: bool) -> list[Sample]:
     """What is trained on: all of a rollout's samples, those left out of the loss marked as such."""
+    if any(c.logprobs is None for c in rollout.completions):
+        raise ValueError("completions: the engine gave no log-probabilities without truncation to train against")
     scored = ~np.isnan(rollout.scores.total)
     trained = scored & ~(rollout.truncated & mask_truncated)
     return [
         Sample(
             prompt_ids=rollout.prompt_of(i).token_ids,
             response_ids=completion.token_ids,
-            logprobs=completion.logprobs,
+            logprobs=np.asarray(completion.logprobs),
             advantage=float(rollout.advantages[i]),
             trained=bool(trained[i]),
         )

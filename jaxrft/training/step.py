@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxrft import algorithms as alg
 from jaxrft.training.batch import TrainBatch
-from jaxrft.training.forward import response_logprobs
+from jaxrft.training.forward import AnyArray, response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
 
 Stats = dict[str, Float[Array, ""]]
+TrainStep = Callable[["TrainState", TrainBatch, Float[AnyArray, "2"]], tuple["TrainState", Stats]]
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +67,7 @@ def make_train_step(
     schedule: optax.Schedule,
     objective: alg.PolicyObjective,
     max_grad_norm: float,
-) -> Callable[[TrainState, TrainBatch, Float[Array, ""]], tuple[TrainState, Stats]]:
+) -> TrainStep:
     """A program for one optimizer step; it donates the state it is given.
 
     Its third argument bounds the mean and the largest |ratio - 1|: when either is exceeded, or a gradient is
@@ -75,7 +76,9 @@ def make_train_step(
     loss = functools.partial(_micro_loss, graphdef, objective)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: TrainBatch, ratio_bounds: Float[Array, "2"]) -> tuple[TrainState, Stats]:
+    def train_step(
+        state: TrainState, batch: TrainBatch, ratio_bounds: Float[AnyArray, "2"]
+    ) -> tuple[TrainState, Stats]:
         whole = alg.totals(batch.mask)
         gradients, stats = _accumulate(loss, state.params, batch, whole)
         norm = optax.global_norm(gradients)

@@ -1,14 +1,49 @@
-"""What a run shows at its end: accuracy by stage, sample answers, the curve, and where everything is."""
+"""What a run shows at its start, and at its end: accuracy by stage, sample answers, the curve, where everything is."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from jaxrft.tracking import Tracker, learning_curve, read_metrics
 from jaxrft.training.folder import RunFolder
 from jaxrft.training.rollouts import RolloutBatch
 
+if TYPE_CHECKING:
+    from jaxrft.training.trainer import RLTrainer
+
 _SAMPLES = 8
+
+
+def announce(tracker: Tracker, trainer: RLTrainer, continued_from: int | None) -> None:
+    """Prints what is about to run, and the arithmetic of its batches."""
+    config, recipe = trainer.config, trainer.recipe
+    size = sum(p.size for p in jax.tree.leaves(trainer.learner.state.params))
+    rows = [
+        ("model", f"{size / 1e6:.2f}M parameters, computed in {config.model.dtype}"),
+        ("algorithm", f"{config.algorithm.recipe}: {_changes(recipe.advantage)}, {_changes(recipe.policy)}"),
+    ]
+    for name, prompts in (("prompts", trainer.train_prompts), ("held out", trainer.eval_prompts)):
+        if prompts is not None:
+            dropped = f" ({prompts.dropped} dropped: longer than max_prompt_length)" if prompts.dropped else ""
+            rows.append((name, f"{len(prompts.prompts)}{dropped}"))
+    rows += [
+        ("rollout", f"{config.rollout_prompts} prompts x {config.num_generations} completions"),
+        ("updates", f"{config.updates_per_rollout} a rollout, {trainer.total_steps} in all"),
+        ("devices", f"{trainer.mesh.size} x {trainer.mesh.devices.flat[0].device_kind}"),
+        ("folder", str(trainer.folder.path)),
+    ]
+    if continued_from is not None:
+        rows.append(("continues", f"from step {continued_from}"))
+    tracker.console.banner("jaxrft", rows)
+
+
+def _changes(part: Any) -> str:
+    """The fields of a recipe's part that say something."""
+    values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, 0))
 
 
 def held_out_by_stage(records: list[dict[str, Any]]) -> list[tuple[str, float]]:

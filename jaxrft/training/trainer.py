@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from jaxrft import models
 from jaxrft.config import ConfigError, RLConfig, environment
 from jaxrft.data.order import PromptOrder
+from jaxrft.models.decoder import Decoder
 from jaxrft.parallel import make_mesh
 from jaxrft.tracking.console import Console
 from jaxrft.tracking.timing import PhaseTimer
@@ -44,7 +43,7 @@ class RLTrainer:
 
     def __init__(
         self,
-        model: str | Path | nnx.Module | None = None,
+        model: str | Path | Decoder | None = None,
         config: RLConfig | None = None,
         reward_funcs: Sequence[Callable] | Callable | None = None,
         train_dataset: Any = None,
@@ -83,8 +82,6 @@ class RLTrainer:
         """
         from jaxrft.training.loop import TrainingRun
 
-        if self.train_prompts is None:
-            raise ConfigError("data.train: got None; name the training prompts, or give train_dataset=...")
         try:
             with TrainingRun(self) as run:
                 return run.execute()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -16,9 +17,14 @@ from jaxrft import algorithms as alg
 from jaxrft.config import ConfigError, WarmStartConfig
 from jaxrft.data.order import PromptOrder
 from jaxrft.data.records import Prompt
+from jaxrft.tracking import Tracker
 from jaxrft.training.batch import Sample, TrainBatch, make_batch
 from jaxrft.training.forward import response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
+from jaxrft.training.phases import Phases
+
+if TYPE_CHECKING:
+    from jaxrft.training.trainer import RLTrainer
 
 
 def supervised_samples(prompts: Sequence[Prompt], column: str, tokenizer: Any) -> list[Sample]:
@@ -36,50 +42,66 @@ def supervised_samples(prompts: Sequence[Prompt], column: str, tokenizer: Any) -
             )
         answer = tokenizer.encode(str(prompt.columns[column]), add_special_tokens=False)
         response = [*answer, tokenizer.eos_token_id]
-        samples.append(Sample(prompt_ids=prompt.token_ids, response_ids=response, logprobs=0.0, advantage=0.0))
+        samples.append(
+            Sample(prompt_ids=prompt.token_ids, response_ids=response, logprobs=np.zeros(len(response)), advantage=0.0)
+        )
     return samples
 
 
-def warm_start(
-    config: WarmStartConfig,
-    graphdef: nnx.GraphDef,
-    params: Any,
-    samples: Sequence[Sample],
-    *,
-    seed: int,
-    accuracy: Callable[[Any, int], float],
-    report: Callable[[int, dict[str, float]], None],
-) -> tuple[Any, int]:
-    """Trains on ``samples`` until ``accuracy`` reaches the target, or for ``max_steps``.
+class SupervisedStage:
+    """Trains on the training prompts' answers until greedy accuracy on held-out prompts reaches its target.
 
     Args:
-        config: how long and how fast.
-        graphdef, params: the model, split; the parameters are donated.
-        samples: what to learn.
-        seed: of the samples' order.
-        accuracy: greedy accuracy on held-out prompts of the parameters it is given, after that many steps.
-        report: called with each looked-at step and its metrics.
-
-    Returns:
-        The trained parameters, and the number of steps made.
+        trainer: whose model is trained; its parameters are donated.
+        phases: where progress goes.
+        tracker: where metrics go, as records of the stage ``warm_start``.
+        check: called now and then; raises to leave.
     """
-    optimizer = optax.scale_by_adam(b2=0.99)
-    step_fn = _make_step(graphdef, optimizer, config)
-    opt_state = optimizer.init(params)
-    order = PromptOrder(len(samples), min(config.batch_size, len(samples)), seed=seed, shuffle=True)
-    longest = max(samples, key=lambda s: len(s.prompt_ids) + len(s.response_ids))
-    for step in range(1, config.max_steps + 1):
-        # The longest sample rides along and is dropped, so that all batches have one shape.
-        chosen = [samples[i] for i in order.indices(step - 1)]
-        batch = make_batch([*chosen, longest], len(chosen) + 1, temperature=1.0)
-        batch = jax.tree.map(lambda a: a[:, :-1] if a.ndim > 1 else a, batch)
-        params, opt_state, loss = step_fn(params, opt_state, batch, step)
-        if step % config.eval_steps == 0 or step == config.max_steps:
-            reached = accuracy(params, step)
-            report(step, {"loss": float(loss), "eval/accuracy": reached})
-            if reached >= config.target_accuracy:
-                return params, step
-    return params, config.max_steps
+
+    def __init__(self, trainer: RLTrainer, phases: Phases, tracker: Tracker, check: Callable[[], None]):
+        self.trainer, self.phases, self.tracker, self.check = trainer, phases, tracker, check
+        self.config, self.settings = trainer.config, trainer.config.warm_start
+
+    def run(self) -> Any:
+        """Returns the trained parameters."""
+        assert self.trainer.train_prompts is not None
+        settings, learner = self.settings, self.trainer.learner
+        samples = supervised_samples(self.trainer.train_prompts.prompts, settings.answer_column, self.trainer.tokenizer)
+        # Each stage draws its order from a seed of its own.
+        order = PromptOrder(len(samples), min(settings.batch_size, len(samples)), seed=self.config.seed + 1)
+        optimizer = optax.scale_by_adam(b2=0.99)
+        step_fn = _make_step(learner.graphdef, optimizer, settings)
+        params = learner.state.params
+        opt_state = optimizer.init(params)
+        longest = max(samples, key=lambda s: len(s.prompt_ids) + len(s.response_ids))
+        self._look(params, 0, {})
+        for step in range(1, settings.max_steps + 1):
+            batch = _one_shape([samples[i] for i in order.indices(step - 1)], longest)
+            params, opt_state, loss = step_fn(params, opt_state, batch, step)
+            looks = step % settings.eval_steps == 0 or step == settings.max_steps
+            if looks and self._look(params, step, {"loss": float(loss)}) >= settings.target_accuracy:
+                break
+        return params
+
+    def _look(self, params: Any, step: int, metrics: dict[str, float]) -> float:
+        """Reports greedy accuracy on the held-out prompts; 0 without any."""
+        self.check()
+        accuracy = 0.0
+        if self.trainer.eval_prompts is not None:
+            self.trainer.engine.update_weights(params, -1)
+            answers = self.trainer.answer_held_out(self.phases)
+            column = self.settings.answer_column
+            right = [text == str(answers.prompt_of(i).columns[column]) for i, text in enumerate(answers.texts)]
+            accuracy = float(np.mean(right))
+            metrics = metrics | {"eval/accuracy": accuracy}
+        self.tracker.log(step, {"stage": "warm_start", "steps": self.settings.max_steps, **metrics})
+        return accuracy
+
+
+def _one_shape(chosen: Sequence[Sample], longest: Sample) -> TrainBatch:
+    """A micro-batch of ``chosen``, padded to the longest of all samples, so that one program serves all steps."""
+    batch = make_batch([*chosen, longest], len(chosen) + 1, temperature=1.0)
+    return jax.tree.map(lambda a: a[:, :-1] if a.ndim > 1 else a, batch)
 
 
 def _make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: WarmStartConfig):

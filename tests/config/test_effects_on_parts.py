@@ -81,6 +81,7 @@ def test_rewards(tmp_path, monkeypatch):
 
 
 def test_engine(monkeypatch):
+    """``engine`` (there is one), ``max_slots``, ``decode_chunk``."""
     made = {}
     monkeypatch.setattr(parts, "NativeEngine", lambda *_, **options: made.update(options))
     config = RLConfig(rollout=from_dict({"rollout": {"max_slots": 3, "decode_chunk": 2}}).rollout, max_prompt_length=5)
@@ -97,7 +98,7 @@ def test_model(tmp_path):
     assert (made.dtype, made.spec.hidden_size) == (jnp.bfloat16, SCRATCH["hidden_size"])
     assert made.spec.vocab_size == len(tokenizer)
     models.save(made, tmp_path / "model", tokenizer=tokenizer)
-    loaded = parts.build_model(from_dict({"model": {"path": str(tmp_path / "model")}}), None, None, None)
+    loaded = parts.build_model(from_dict({"model": {"path": str(tmp_path / "model")}}), None, tokenizer, None)
     assert loaded.dtype == jnp.float32
     np.testing.assert_array_equal(loaded.output_kernel, made.output_kernel)
     other = parts.build_model(RLConfig(model=MODEL, seed=7), None, tokenizer, None)

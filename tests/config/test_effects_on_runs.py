@@ -2,13 +2,19 @@
 
 import contextlib
 import io
+import sys
+import threading
+import time
+from unittest.mock import MagicMock
 
 import pytest
 
 from jaxrft import RLTrainer
-from jaxrft.config import AuditConfig, EvaluationConfig
+from jaxrft.config import AuditConfig, EvaluationConfig, TrackingConfig, WatchdogConfig
 from jaxrft.config.parse import parse
-from jaxrft.tracking import read_completions, read_metrics
+from jaxrft.tracking import Tracker, read_completions, read_metrics
+from jaxrft.training import loop
+from jaxrft.training.watchdog import PhaseTimeout, Watchdog
 from tests.training.tiny import ROWS, digits, tiny_config
 
 
@@ -61,6 +67,7 @@ def test_length_of_a_run(runs):
 
 
 def test_logging_steps(runs):
+    """``logging_steps``: a record for every so many, the mean of them."""
     assert records(runs["often"][0], "reward") == [2, 4]
     assert records(runs["seldom"][0], "reward") == [1, 2, 3, 4]
 
@@ -102,6 +109,7 @@ def test_shuffle_dataset(tmp_path, runs):
 
 
 def test_audit_enabled(runs):
+    """``audit.enabled``."""
     assert "audit passed" in runs["often"][1]
     assert "audit passed" not in runs["seldom"][1]
 
@@ -113,3 +121,76 @@ def test_output_dir(runs):
     config = parse([str(folder.config)])
     assert config.output_dir == str(folder.path)
     assert not config.shuffle_dataset
+
+
+PHASES = ["rollout", "rewards", "training", "evaluation", "checkpoint"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_watchdog(tmp_path, runs, phase):
+    """The budget of each phase ends it; null does not; and a run has phases of these names."""
+    short = Watchdog(WatchdogConfig(**{phase: 0.05}), tmp_path)
+    with pytest.raises(PhaseTimeout, match=f"^{phase} took longer than its budget of 0.05 s"), short.phase(phase):
+        time.sleep(5)
+    with Watchdog(WatchdogConfig(**{phase: None}), tmp_path).phase(phase):
+        assert not [thread for thread in threading.enumerate() if phase in thread.name]
+    assert f"{phase} " in runs["often"][1]
+
+
+def test_tracker(tmp_path, monkeypatch):
+    """``run_name``, ``report_to`` and the whole of ``tracking`` go to the tracker."""
+    given = {}
+
+    class Stop(Exception):
+        """Ends the run where it would begin."""
+
+    def stop(folder, **options):
+        given.update(options)
+        raise Stop
+
+    monkeypatch.setattr(loop, "Tracker", stop)
+    tracking = TrackingConfig(progress=False, wandb_project="p")
+    for run_name, shown in ((None, "run"), ("named", "named")):
+        folder = tmp_path / (run_name or "none") / "run"
+        config = tiny_config(folder, run_name=run_name, report_to=["wandb"], tracking=tracking)
+        trainer = RLTrainer(config=config, reward_funcs=digits, train_dataset=ROWS)
+        with pytest.raises(Stop):
+            trainer.train()
+        assert (given["run_name"], given["report_to"], given["tracking"]) == (shown, ["wandb"], tracking)
+
+
+def test_wandb(tmp_path, monkeypatch):
+    """``wandb_project`` and ``wandb_mode``."""
+    given = {}
+
+    def init(**options):
+        given.update(options)
+        return MagicMock(id="x", offline=True)
+
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock(init=init))
+    for mode, started in (("disabled", {}), ("offline", {"project": "p", "mode": "offline", "name": "n"})):
+        tracking = TrackingConfig(wandb_project="p", wandb_mode=mode)
+        Tracker(tmp_path, run_name="n", report_to=["wandb"], tracking=tracking, config={}, total_steps=1).close(
+            "completed"
+        )
+        assert {name: given[name] for name in ("project", "mode", "name") if name in given} == started
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress(tmp_path, monkeypatch, progress):
+    class Terminal(io.StringIO):
+        """Text that takes itself for a terminal."""
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    tracking = TrackingConfig(progress=progress)
+    tracker = Tracker(tmp_path, run_name="n", report_to=[], tracking=tracking, config={}, total_steps=1)
+    with tracker.console.phase("rollout", 3) as bar:
+        bar.update(1, 3)
+        time.sleep(0.3)
+    tracker.close("completed")
+    assert ("━" in terminal.getvalue()) == progress

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxrft import RLTrainer
 from jaxrft.config import ConfigError, RLConfig, WarmStartConfig
@@ -17,7 +16,7 @@ from jaxrft.rollout import Completion
 from jaxrft.training import learner, parts, warm_start
 from jaxrft.training.optimizer import adamw, clip_by_norm, schedule
 from jaxrft.training.rollouts import RolloutBatch, evaluation_sampling, make_samples, training_sampling
-from tests.training.tiny import MODEL, ROWS, digits, tiny_config
+from tests.training.tiny import ROWS, digits, tiny_config
 
 
 def warm(steps, peak, total, after):
@@ -114,40 +113,33 @@ def test_mask_truncated_completions():
         assert [s.trained for s in make_samples(rollout, mask_truncated_completions)] == trained
 
 
-def test_warm_start(monkeypatch):
-    """``max_steps``, ``eval_steps``, ``target_accuracy``, ``batch_size`` and ``learning_rate`` of the stage."""
-    config = RLConfig(model=MODEL)
-    tokenizer = parts.build_tokenizer(config, None, None)
-    graphdef, params = nnx.split(parts.build_model(config, None, tokenizer, None))
-    prompts = [Prompt(i, "1+1=", "1+1=", [1, 10, 1, 11], {"sum": "2"}) for i in range(9)]
-    samples = warm_start.supervised_samples(prompts, "sum", tokenizer)
-    rows, original = [], warm_start.make_batch
+def supervised(folder, monkeypatch, **values):
+    """The looks at accuracy of a supervised stage, its batch sizes, and the largest change of a parameter."""
+    looks, rows, original = [], set(), warm_start.make_batch
     monkeypatch.setattr(
-        warm_start,
-        "make_batch",
-        lambda given, *rest, **how: rows.append(len(given) - 1) or original(given, *rest, **how),
+        warm_start, "make_batch", lambda samples, *a, **k: rows.add(len(samples)) or original(samples, *a, **k)
     )
+    monkeypatch.setattr(
+        warm_start.SupervisedStage, "_look", lambda _, params, step, metrics: looks.append(step) or step / 10
+    )
+    config = tiny_config(folder, warm_start=WarmStartConfig(**values))
+    trainer = RLTrainer(config=config, reward_funcs=digits, train_dataset=ROWS)
+    before = jax.tree.map(jnp.copy, trainer.learner.state.params)
+    after = warm_start.SupervisedStage(trainer, None, None, lambda: None).run()
+    changes = [jnp.max(jnp.abs(a - b)) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before))]
+    monkeypatch.undo()
+    return looks, {n - 1 for n in rows}, float(max(changes))  # One sample more rides along for its length.
 
-    def stage(**values):
-        looked = []
-        given = jax.tree.map(jnp.copy, params)
-        trained, steps = warm_start.warm_start(
-            WarmStartConfig(**values),
-            graphdef,
-            given,
-            samples,
-            seed=0,
-            accuracy=lambda params, step: step / 10,
-            report=lambda step, metrics: looked.append(step),
-        )
-        change = max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(params)))
-        return looked, steps, change
 
-    assert stage(max_steps=7, eval_steps=3, batch_size=4)[:2] == ([3, 6, 7], 7)
-    assert set(rows) == {4}
-    assert stage(max_steps=7, eval_steps=3, batch_size=4, target_accuracy=0.6)[:2] == ([3, 6], 6)
-    # Adam's first direction is the gradient's sign.
-    np.testing.assert_allclose(stage(max_steps=1, learning_rate=0.03)[2], 0.03, rtol=1e-3)
+def test_warm_start(tmp_path, monkeypatch):
+    """``max_steps``, ``eval_steps``, ``target_accuracy``, ``batch_size`` and ``learning_rate`` of the stage."""
+    looks, rows, _ = supervised(tmp_path, monkeypatch, max_steps=7, eval_steps=3, batch_size=4)
+    assert (looks, rows) == ([0, 3, 6, 7], {4})
+    looks, _, _ = supervised(tmp_path, monkeypatch, max_steps=7, eval_steps=3, batch_size=4, target_accuracy=0.6)
+    assert looks == [0, 3, 6]
+    looks, rows, change = supervised(tmp_path, monkeypatch, max_steps=1, learning_rate=0.03)
+    assert (looks, rows) == ([0, 1], {len(ROWS)})
+    np.testing.assert_allclose(change, 0.03, rtol=1e-3)  # Adam's first direction is the gradient's sign.
 
 
 def test_warm_start_answer_column(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints and configs that cannot be used: each ends with one line that names what is wrong."""
 
+import resource
 import shutil
 
 import pytest
@@ -56,7 +57,7 @@ def test_tensors_that_do_not_fit(source, tmp_path):
     refused(copy_with(source, folder, misshapen), *shapes)
     refused(copy_with(source, folder, integers), "model.norm.weight has type I8, takes F32, BF16, F16")
     refused(
-        copy_with(source, folder, config={"num_hidden_layers": 1}),
+        copy_with(source, folder, config={"num_hidden_layers": 1, "layer_types": ["full_attention"]}),
         "model.layers.1.input_layernorm.weight is unexpected",
     )
     refused(copy_with(source, folder, lambda tensors: {"other": tensors["lm_head.weight"]}), "; and 18 more")
@@ -168,11 +169,17 @@ def test_folders_that_cannot_be_written(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be made"):
         models.save(model, tmp_path / "file")
-    (tmp_path / "export" / f"{FILE}.partial").mkdir(parents=True)
-    with pytest.raises(
-        OSError, match=r"model\.safetensors: could not be written .* free space or choose another folder"
-    ):
-        models.save(model, tmp_path / "export")
+    # A full disk, as a limit on the size of a file: what was there before stays.
+    models.save(model, tmp_path / "export", dtype="bfloat16")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors: could not be written .* free space or choose another"):
+            models.save(model, tmp_path / "export")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()} == before
 
 
 def test_hub_names(source, tmp_path, monkeypatch):

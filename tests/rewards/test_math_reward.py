@@ -11,7 +11,9 @@ import time
 import psutil
 import pytest
 
-from jaxrft.rewards import MathReward
+from jaxrft.config import ConfigError
+from jaxrft.data import Prompt
+from jaxrft.rewards import MathReward, RewardSet, load_rewards
 
 # Each computes for minutes or for ever, most of them without letting another thread of the interpreter run.
 HOSTILE = [
@@ -76,13 +78,27 @@ def test_grades(reward, completion, answer, score):
     assert grade(reward, (completion, answer)) == [score]
 
 
+def test_rows_without_an_answer_leave_the_others_in_place(reward):
+    assert grade(reward, ("1", "46"), ("46", None), ("46", "46"), ("46", None)) == [0, None, 1, None]
+    assert grade(reward, ("46", None)) == [None]
+
+
+def test_loading_it_starts_its_processes():
+    before = math_servers()
+    (loaded,) = load_rewards(["math"], {"math": {"workers": 1}}, 7.0)
+    assert len(math_servers()) == len(before) + 1
+    assert (loaded.__name__, loaded.timeout, loaded.workers) == ("math", 7.0, 1)
+    loaded.close()
+    assert math_servers() == before
+
+
 def test_chat_completions_and_other_columns(reward):
     chat = [[{"role": "assistant", "content": "\\boxed{46}"}], [{"role": "assistant", "content": "7"}]]
     assert reward(completions=chat, answer=["46", "46"], prompts=["a", "b"], level=[1, 2]) == [1, 0]
 
 
 def test_a_large_batch_keeps_its_order(reward):
-    wanted = list(range(400))
+    wanted = list(range(150))
     answers = [n if n % 3 else n + 1 for n in wanted]
     padding = "x " * 2000  # more than a pipe holds
     assert grade(reward, *[(f"{padding}{n}", a) for n, a in zip(wanted, answers)]) == [float(n % 3 > 0) for n in wanted]
@@ -185,11 +201,23 @@ def test_a_server_that_ends_in_a_call_is_an_error(reward):
     assert_ended(children)
 
 
+def test_a_broken_math_verify_stops_the_run(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rewards = RewardSet([MathReward()], on_error="none")
+    prompt = Prompt(index=0, value="p", text="p", token_ids=[1], columns={"answer": "46"})
+    with pytest.raises(ConfigError, match="math-verify cannot be used: ImportError: broken here"):
+        rewards.score([prompt], ["46"], [[1]])
+    rewards.close()
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_no_process_outlives_a_killed_trainer(busy):
     code = f"""
 import psutil
-from jaxrft.rewards import MathReward
+from jaxrft.config import ConfigError
+from jaxrft.data import Prompt
+from jaxrft.rewards import MathReward, RewardSet, load_rewards
 reward = MathReward(timeout=300.0, workers=2)
 reward(completions=["46"], answer=["46"])
 print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)

@@ -1,0 +1,149 @@
+"""Slots, groups, chunks and buckets change nothing in a completion."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrft.rollout import NativeEngine, Request, SamplingParams
+from jaxrft.rollout.programs import Programs, programs_of
+from tests.rollout.tiny import EOS, VOCAB, random_model, random_requests, tokens_of
+
+SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=30, seed=4, min_tokens=2)
+
+
+def generate(model, requests, sampling=SAMPLING, **options):
+    with NativeEngine(model, max_length=64, eos_token_ids=[EOS], **options) as engine:
+        return engine.generate(requests, sampling)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_slots": 1, "decode_chunk": 3},
+        {"max_slots": 3, "decode_chunk": 1},  # groups of 4 are split over several rounds
+        {"max_slots": 5, "decode_chunk": 8},
+        {"max_slots": 64, "decode_chunk": 3, "max_prefill_tokens": 40},
+    ],
+    ids=str,
+)
+def test_completions_do_not_depend_on_what_is_beside_them(model, options) -> None:
+    requests = random_requests(10, seed=3)
+    order = np.random.default_rng(0).permutation(len(requests))
+    expected = {}
+    for request in requests:  # each alone
+        expected[request.seed] = generate(model, [request])
+    shuffled = [requests[i] for i in order]
+    completions = generate(model, shuffled, **options)
+    together = [completion for request in shuffled for completion in expected[request.seed]]
+    assert tokens_of(completions) == tokens_of(together)
+    assert len({len(completion.token_ids) for completion in completions}) > 5
+    for completion, alone in zip(completions, together):
+        assert completion.finish_reason == alone.finish_reason
+        np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-5)
+        np.testing.assert_allclose(completion.sampled_logprobs, alone.sampled_logprobs, atol=1e-5)
+
+
+def test_a_prompt_runs_once_for_its_group(model, monkeypatch) -> None:
+    prefilled = []
+    prefill = Programs.prefill
+    monkeypatch.setattr(
+        Programs, "prefill", lambda self, leaves, *batch: prefilled.append(batch[1]) or prefill(self, leaves, *batch)
+    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=12)
+    prompts = [request.prompt_ids for request in random_requests(2, seed=8)]
+    grouped = generate(model, [Request(prompt_ids=prompt, n=11) for prompt in prompts], greedy, max_slots=4)
+    assert [len(lengths) for lengths in prefilled] == [1, 1]
+    separate = generate(model, [Request(prompt_ids=prompt) for prompt in prompts for _ in range(11)], greedy)
+    assert tokens_of(grouped) == tokens_of(separate)
+
+
+def test_a_completion_ends_where_the_slot_is_full(model) -> None:
+    sampling = SamplingParams(max_tokens=500, ignore_eos=True)
+    requests = [Request(prompt_ids=[1] * length) for length in (1, 40, 63)]
+    completions = generate(model, requests, sampling)
+    assert [len(completion.token_ids) for completion in completions] == [63, 24, 1]
+    assert {completion.finish_reason for completion in completions} == {"length"}
+
+
+def test_max_tokens_of_one_and_progress(model) -> None:
+    requests = random_requests(9, seed=5)
+    longer = generate(model, requests)
+    seen: list[tuple[int, int]] = []
+    with NativeEngine(model, max_slots=4, max_length=64, eos_token_ids=[EOS]) as engine:
+        short = engine.generate(
+            requests,
+            SamplingParams(temperature=0.8, top_p=0.95, max_tokens=1, seed=4, min_tokens=1),
+            on_progress=lambda done, total: seen.append((done, total)),
+        )
+        assert engine.generate([], SAMPLING) == []
+    assert tokens_of(short) == [completion.token_ids[:1] for completion in longer]
+    total = len(longer)
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_stop_token_ids_and_ignore_eos(model) -> None:
+    requests = random_requests(8, seed=6)
+    free = generate(model, requests, SamplingParams(max_tokens=40, ignore_eos=True))
+    stopped = generate(model, requests, SamplingParams(max_tokens=40, stop_token_ids=(8, 12)))
+    for whole, cut in zip(free, stopped):
+        ends = [place for place, token in enumerate(whole.token_ids) if token in (EOS, 8, 12)]
+        assert cut.token_ids == whole.token_ids[: ends[0] + 1 if ends else 40]
+        assert cut.finish_reason == ("stop" if ends else "length")
+    assert any(EOS in whole.token_ids for whole in free)
+
+
+def test_generates_from_the_weights_after_a_donated_step(model) -> None:
+    graphdef, params = nnx.split(random_model(7))
+    requests = random_requests(4)
+    with NativeEngine(nnx.merge(graphdef, params), max_slots=8, max_length=64) as engine:
+        before = engine.generate(requests, SAMPLING)
+        step = jax.jit(lambda params: jax.tree.map(lambda x: 0.7 * x, params), donate_argnums=0)
+        new = step(params)
+        with pytest.raises(RuntimeError, match="weights were deleted.*update_weights"):
+            engine.generate(requests, SAMPLING)
+        engine.update_weights(new, version=5)
+        after = engine.generate(requests, SAMPLING)
+    with NativeEngine(nnx.merge(graphdef, new), max_slots=8, max_length=64) as fresh:
+        assert tokens_of(after) == tokens_of(fresh.generate(requests, SAMPLING))
+    assert tokens_of(after) != tokens_of(before)
+    assert {completion.versions for completion in before} == {((0, 0),)}
+    assert {completion.versions for completion in after} == {((0, 5),)}
+
+
+def test_programs_stay_few() -> None:
+    """The count is honest, new lengths stay within the buckets, and a load seen before compiles nothing."""
+    model = random_model(spec=dataclasses_replace_heads())
+    graphdef, params = nnx.split(model)
+    programs = programs_of(graphdef, jax.tree.structure(params))
+    jitted = [value for value in vars(programs).values() if hasattr(value, "_cache_size")]
+    rng = np.random.default_rng(0)
+    with NativeEngine(model, max_slots=4, max_length=32, decode_chunk=4) as engine:
+        counts = []
+        for round_ in range(12):
+            requests = random_requests(int(rng.integers(1, 6)), seed=round_, longest=20, largest=3)
+            engine.generate(requests, SamplingParams(max_tokens=int(rng.integers(1, 12)), seed=round_))
+            counts.append(engine.compilations)
+        assert counts[-1] == sum(program._cache_size() for program in jitted)
+        # Slots 1, 2, 4; prompts 1, 2, 4 of 16 or 32 tokens; caches of 16, 24 or 32.
+        names = [key[0] for key in programs.compiled]
+        assert {name: names.count(name) <= limit for name, limit in LIMITS.items()} == dict.fromkeys(LIMITS, True)
+        engine.generate(requests, SamplingParams(max_tokens=5, seed=99))
+        again = engine.compilations
+        engine.generate(requests, SamplingParams(max_tokens=5, seed=100, temperature=0.3))
+        assert engine.compilations == again
+
+
+LIMITS = {"prefill": 6, "take": 9, "place": 3, "empty": 9, "copy": 54, "resize": 18, "decode": 9}
+
+
+def dataclasses_replace_heads():
+    """A shape of its own, so that no other test's programs count."""
+    import dataclasses
+
+    from tests.rollout.tiny import SPEC
+
+    return dataclasses.replace(SPEC, vocab_size=VOCAB, num_layers=1, intermediate_size=8)

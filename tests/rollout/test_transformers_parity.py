@@ -1,0 +1,40 @@
+"""Greedy completions equal those of transformers' ``generate`` on a padded batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from jaxrft.rollout import NativeEngine, Request, SamplingParams
+from tests.models.cases import VOCAB, make_case
+from tests.rollout.tiny import tokens_of
+
+NEW_TOKENS = 40
+EOS = 7
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-windows-bias", "llama3-bias", "mistral"])
+def test_greedy_equals_generate(name, tmp_path) -> None:
+    case = make_case(name, tmp_path)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB, length).tolist() for length in (1, 2, 5, 9, 16, 17, 30)]
+    expected = torch_generate(case.torch_model, prompts)
+    with NativeEngine(case.model, max_slots=4, max_length=80, eos_token_ids=[EOS]) as engine:
+        completions = engine.generate(
+            [Request(prompt_ids=prompt) for prompt in prompts], SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+        )
+    assert tokens_of(completions) == expected
+
+
+def torch_generate(model, prompts: list[list[int]]) -> list[list[int]]:
+    """Left-padded, as transformers wants it; what follows the end of a completion is cut off."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.no_grad():
+        rows = model.generate(
+            tokens, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=EOS, pad_token_id=0
+        )
+    completions = rows[:, longest:].tolist()
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in completions]
