@@ -18,10 +18,8 @@ def convert(value: Any, hint: Any) -> Any:
     if hint is Any:
         return _convert_plain(value)
     if origin in (Union, types.UnionType):
-        results = [convert(value, argument) for argument in arguments]
-        # An exact type wins over a conversion: True is a bool before it is anything else.
-        exact = [r for r in results if r is not REFUSED and type(r) is type(value)]
-        return next(iter(exact), next((r for r in results if r is not REFUSED), REFUSED))
+        results = (convert(value, argument) for argument in arguments)
+        return next((result for result in results if result is not REFUSED), REFUSED)
     if origin is Literal:
         return next((a for a in arguments if a == value and type(a) is type(value)), REFUSED)
     if origin is list:

@@ -9,6 +9,7 @@ from typing import Any
 from jaxrft import algorithms as alg
 from jaxrft import data, models, rewards
 from jaxrft.config import ConfigError, RLConfig
+from jaxrft.data.functions import names_function
 from jaxrft.data.prompts import PromptSet
 from jaxrft.models.decoder import Decoder
 from jaxrft.rollout import NativeEngine
@@ -56,7 +57,11 @@ def build_prompts(config: RLConfig, dataset: Any, tokenizer: Any, name: str) -> 
         "train": (settings.train_split, settings.max_train_samples),
         "eval": (settings.eval_split, settings.max_eval_samples),
     }[name]
-    rows = data.load_rows(source, split=split, arguments=settings.arguments, limit=limit)
+    if settings.arguments and not any(
+        isinstance(s, str) and names_function(s) for s in (settings.train, settings.eval)
+    ):
+        raise ConfigError("data.arguments: set, but neither data.train nor data.eval is a function that takes them")
+    rows = data.load_rows(source, split=split, arguments=settings.arguments, limit=limit, name=f"data.{name}")
     return data.make_prompts(
         rows,
         tokenizer,

@@ -38,4 +38,6 @@ def run(config: RLConfig) -> int:
     except PhaseTimeout as error:
         print(f"error: {error}", file=sys.stderr)
         return TIMED_OUT
+    finally:
+        trainer.close()
     return 0

@@ -119,6 +119,11 @@ class RLTrainer:
         models.save(self.model, target, tokenizer=self.tokenizer)
         return target
 
+    def close(self) -> None:
+        """Ends the engine and what the rewards keep running; the trainer cannot be used after."""
+        self.rewards.close()
+        self.engine.close()
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""

@@ -17,6 +17,7 @@ from jaxrft import algorithms as alg
 from jaxrft.config import ConfigError, WarmStartConfig
 from jaxrft.data.order import PromptOrder
 from jaxrft.data.records import Prompt
+from jaxrft.data.tokenizers import encode_text
 from jaxrft.tracking import Tracker
 from jaxrft.training.batch import Sample, TrainBatch, make_batch
 from jaxrft.training.forward import response_logprobs
@@ -40,7 +41,7 @@ def supervised_samples(prompts: Sequence[Prompt], column: str, tokenizer: Any) -
                 f"warm_start.answer_column: the data has no column {column!r}, "
                 f"takes one of {', '.join(sorted(prompt.columns)) or 'none but prompt'}"
             )
-        answer = tokenizer.encode(str(prompt.columns[column]), add_special_tokens=False)
+        answer = encode_text(tokenizer, str(prompt.columns[column]), f"warm_start: the answer of row {prompt.index}")
         response = [*answer, tokenizer.eos_token_id]
         samples.append(
             Sample(prompt_ids=prompt.token_ids, response_ids=response, logprobs=np.zeros(len(response)), advantage=0.0)

@@ -147,3 +147,18 @@ def test_again_is_not_too_late(run_python):
     before = f"apply = environment.apply; apply(ParallelConfig({settings})); import jax; jax.devices()"
     found = json.loads(run_python(EFFECT.format(before=before, settings=settings), **FRESH).stdout)
     assert found == {"devices": 3, "platform": "cpu", "cached": False, "enabled": False}
+
+
+def test_another_cache_in_one_process(run_python, tmp_path):
+    """JAX keeps the first folder that it has written to open."""
+    code = f"""
+import os
+from jaxrft.config import ParallelConfig, environment
+import jax
+environment.CACHED_COMPILE_SECONDS = 0
+for name in ("first", "second"):
+    environment.apply(ParallelConfig(compilation_cache={str(tmp_path)!r} + "/" + name))
+    jax.jit(lambda x: x * len(name) + 1)(jax.numpy.ones(3))
+    print(len(os.listdir({str(tmp_path)!r} + "/" + name)) > 0)
+"""
+    assert run_python(code, **FRESH).stdout.split() == ["True", "True"]

@@ -123,11 +123,11 @@ EFFECTS = {
     "watchdog.training": f"{RUNS}::PHASES",
     "watchdog.evaluation": f"{RUNS}::PHASES",
     "watchdog.checkpoint": f"{RUNS}::PHASES",
-    "warm_start.max_steps": f"{UPDATES}::test_warm_start",
-    "warm_start.target_accuracy": f"{UPDATES}::test_warm_start",
-    "warm_start.eval_steps": f"{UPDATES}::test_warm_start",
-    "warm_start.batch_size": f"{UPDATES}::test_warm_start",
-    "warm_start.learning_rate": f"{UPDATES}::test_warm_start",
+    "warm_start.max_steps": f"{UPDATES}::test_warm_start_length",
+    "warm_start.target_accuracy": f"{UPDATES}::test_warm_start_length",
+    "warm_start.eval_steps": f"{UPDATES}::test_warm_start_length",
+    "warm_start.batch_size": f"{UPDATES}::test_warm_start_length",
+    "warm_start.learning_rate": f"{UPDATES}::test_warm_start_learning_rate",
     "warm_start.answer_column": f"{UPDATES}::test_warm_start_answer_column",
 }
 

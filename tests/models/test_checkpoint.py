@@ -15,7 +15,7 @@ from jaxrft.config import ConfigError
 from jaxrft.models.checkpoint import named_tensors
 from jaxrft.models.decoder import Decoder
 from jaxrft.models.spec import DecoderSpec
-from tests.models.cases import SHAPE, VOCAB, random_tokens
+from tests.models.configs import SHAPE, VOCAB, random_tokens
 
 TOKENS = random_tokens((2, 9))
 FILE = "model.safetensors"
@@ -169,7 +169,7 @@ def test_meshes_of_8_devices(made_case, run_python):
     """Replicated, the same numbers everywhere, in buffers of the model's own: donating them harms nobody."""
     run_python(
         f"""
-import jax, jax.numpy as jnp, numpy as np
+import jax, numpy as np
 from flax import nnx
 from jaxrft import models
 mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -183,7 +183,7 @@ for make in (lambda mesh: models.load(folder, mesh=mesh), lambda mesh: models.fr
         assert leaf.sharding == everywhere and leaf.committed, leaf.sharding
         assert len({{shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}}) == 8
         assert all(np.array_equal(one, shard.data) for shard in leaf.addressable_shards)
-    model.hf_config and nnx.merge(graph, state)(jnp.ones((1, 4), int))
+    jax.jit(lambda s: nnx.merge(graph, s).hidden(np.ones((1, 4), np.int32)))(state)
     doubled = jax.jit(lambda s: jax.tree.map(lambda x: x * 2, s), donate_argnums=0)(state)
     for one, leaf in zip(jax.tree.leaves(alone), jax.tree.leaves(doubled), strict=True):
         assert np.array_equal(np.asarray(one) * 2, leaf)

@@ -8,7 +8,7 @@ import torch
 
 from jaxrft import models
 from jaxrft.config import ConfigError
-from tests.models.cases import CASES, SHAPE
+from tests.models.configs import CASES, SHAPE
 from tests.models.test_checkpoint import FILE, SCRATCH, copy_with
 
 LAYER = "model.layers.0.self_attn."

@@ -16,7 +16,8 @@ from jaxrft.models.checkpoint import named_tensors
 from jaxrft.models.layers import LayerCache
 from jaxrft.models.rope import inverse_frequencies
 from jaxrft.models.spec import RopeSpec
-from tests.models.cases import LLAMA3, Case, random_tokens
+from tests.models.cases import Case
+from tests.models.configs import LLAMA3, random_tokens
 
 LENGTHS = np.array([23, 17, 1, 9], np.int32)
 TOKENS = random_tokens((4, 23))
