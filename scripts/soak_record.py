@@ -25,7 +25,7 @@ def main(command: str, outcome: str, seconds: str) -> None:
         "finished": now.isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers")},
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "machine": {"platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
     }
     path = Path("benchmarks/results/soak") / f"{now:%Y%m%d-%H%M%S}-{(record['commit'] or 'nogit')[:10]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

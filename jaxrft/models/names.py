@@ -6,7 +6,7 @@ One table serves load, export and the transfer of weights to engines.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 # A parameter's place in the module tree, as ``nnx.to_flat_state`` gives it: ("layers", 0, "mlp", "up", "kernel").
@@ -38,7 +38,7 @@ def _linear(name: str, path: str) -> tuple[TensorName, TensorName]:
 DECODER_NAMES: tuple[TensorName, ...] = (
     TensorName("model.embed_tokens.weight", "embed.embedding"),
     TensorName("model.norm.weight", "final_norm.scale"),
-    *_linear("lm_head", "lm_head"),
+    TensorName("lm_head.weight", "lm_head.kernel", transposed=True),
     TensorName("model.layers.{layer}.input_layernorm.weight", "layers.{layer}.attention_norm.scale"),
     TensorName("model.layers.{layer}.post_attention_layernorm.weight", "layers.{layer}.mlp_norm.scale"),
     *_linear("model.layers.{layer}.self_attn.q_proj", "layers.{layer}.attention.query"),
@@ -53,27 +53,23 @@ DECODER_NAMES: tuple[TensorName, ...] = (
 )
 
 # Buffers that older exports carry and that are computed here.
-HARMLESS_EXTRAS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq)|.*\.masked_bias")
+HARMLESS_EXTRAS = re.compile(r"(.*\.)?rotary_emb\.(original_)?inv_freq")
 
 
 def tensors_of(paths: Iterable[Path], table: Iterable[TensorName]) -> dict[Path, Tensor]:
-    """The tensor of each parameter, in the order of the table.
+    """The tensor of each parameter, layer by layer in the order of the table.
 
     Raises:
         KeyError: a parameter that the table does not name.
     """
-    lines = {line.path: line for line in table}
-    order = {path: index for index, path in enumerate(lines)}
-    found = {}
+    lines = {line.path: (index, line) for index, line in enumerate(table)}
+    found = []
     for path in paths:
         pattern = ".".join("{layer}" if isinstance(part, int) else part for part in path)
         if pattern not in lines:
             raise KeyError(f"no line of the table of names has the parameter {pattern}")
-        found[path] = pattern, next((part for part in path if isinstance(part, int)), -1)
-    ordered: Mapping[Path, tuple[str, int]] = dict(
-        sorted(found.items(), key=lambda item: (item[1][1], order[item[1][0]]))
-    )
-    return {
-        path: Tensor(lines[pattern].name.replace("{layer}", str(layer)), lines[pattern].transposed)
-        for path, (pattern, layer) in ordered.items()
-    }
+        index, line = lines[pattern]
+        layer = next((part for part in path if isinstance(part, int)), -1)
+        found.append((layer, index, path, Tensor(line.name.replace("{layer}", str(layer)), line.transposed)))
+    found.sort(key=lambda entry: entry[:2])
+    return {path: tensor for *_, path, tensor in found}

@@ -156,7 +156,11 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside ``path`` and renames, so that a file is whole or is not there."""
     beside = path.with_name(path.name + ".partial")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode
         write(beside)
+        # safetensors makes files that only their owner reads.
+        os.chmod(beside, mode)
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)

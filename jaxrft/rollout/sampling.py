@@ -46,10 +46,10 @@ class Draw(NamedTuple):
 
 
 def sampling_values(params: SamplingParams, eos_ids: tuple[int, ...]) -> SamplingValues:
-    """Puts ``params`` on the device; stop tokens are padded with -1 to a power of two, so that shapes stay few."""
+    """Puts ``params`` on the device; stop tokens are padded with -1 to 4, 8, 16, ..., so that shapes stay few."""
     stops = stop_token_ids(params, eos_ids)
     first = params.temperature if params.first_token_temperature is None else params.first_token_temperature
-    padded = np.full(1 << max(len(stops) - 1, 0).bit_length(), -1, np.int32)
+    padded = np.full(max(4, 1 << max(len(stops) - 1, 0).bit_length()), -1, np.int32)
     padded[: len(stops)] = stops
     numbers = (
         np.float32(params.temperature),

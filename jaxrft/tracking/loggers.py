@@ -75,9 +75,9 @@ class JsonLines:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``, without a last line that is incomplete (a run may be writing)."""
-    return [record for _, record in _records(path)]
+    return [record for _, record in _records(Path(path))]
 
 
 def set_aside(path: Path) -> None:

@@ -26,7 +26,7 @@ SUPERVISED_WIDTH = 0.35
 SMOOTH_FROM = 8
 
 
-def learning_curve(folder: Path, metrics: Path) -> Path:
+def learning_curve(folder: Path | str, metrics: Path | str) -> Path:
     """Draws the learning curve of a run.
 
     Args:

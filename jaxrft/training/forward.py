@@ -40,10 +40,7 @@ def response_logprobs(
     predicting = jnp.minimum(predicting, tokens.shape[1] - 2)
     chosen = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
     targets = jnp.take_along_axis(tokens, predicting + 1, axis=1)
-    logprobs, entropy = projected_logprobs(
-        chosen.reshape(-1, hidden.shape[-1]), model.output_kernel, targets.reshape(-1), jnp.ravel(temperature)
-    )
+    # Rows keep their axis: flattened into one of tokens, every device would project the tokens of all.
+    logprobs, entropy = projected_logprobs(chosen, model.output_kernel, targets, temperature)
     valid = jnp.arange(temperature.shape[1]) < (lengths - prompt_lengths)[:, None]
-    zero = jnp.zeros((), jnp.float32)
-    shape = temperature.shape
-    return jnp.where(valid, logprobs.reshape(shape), zero), jnp.where(valid, entropy.reshape(shape), zero)
+    return jnp.where(valid, logprobs, 0.0), jnp.where(valid, entropy, 0.0)

@@ -132,10 +132,11 @@ def _micro_loss(graphdef, objective, params, part: TrainBatch, whole: alg.Totals
 def _sampler_stats(old, entropy, part: TrainBatch, whole: alg.Totals) -> Stats:
     """Entropy, and how far the engine's log-probabilities are from the trainer's."""
     share = part.mask / jnp.maximum(whole.tokens, 1.0)
-    gap = jnp.where(part.mask > 0, jax.lax.stop_gradient(old) - part.sampler_logprobs, 0.0)
+    trainer, sampler = (jnp.where(part.mask > 0, a, 0.0) for a in (jax.lax.stop_gradient(old), part.sampler_logprobs))
+    gap = jnp.abs(trainer - sampler)
     return {
         "entropy": jnp.sum(jax.lax.stop_gradient(entropy) * share),
-        "sampling/logprob_difference/mean": jnp.sum(jnp.abs(gap) * share),
-        "sampling/logprob_difference/max": jnp.max(jnp.abs(gap), initial=0.0),
-        "sampling/kl": jnp.sum((jnp.expm1(gap) - gap) * share),
+        "sampling/logprob_difference/mean": jnp.sum(gap * share),
+        "sampling/logprob_difference/max": jnp.max(gap, initial=0.0),
+        "sampling/kl": jnp.sum(alg.kl(sampler, trainer) * share),
     }

@@ -47,6 +47,7 @@ def test_round_trip(case, tmp_path):
     """Load, export, load: the same bits; and transformers computes the same logits from our export."""
     models.save(case.model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "generation_config.json", FILE]
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     again = models.load(tmp_path)
     assert again.spec == case.model.spec
     assert_same_bits(parameters(again), parameters(case.model))

@@ -1,6 +1,8 @@
 """Forward, gradient, packing and decoding of every family against transformers, in float32 on the CPU."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,13 @@ from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxrft import models
+from jaxrft.models import families
 from jaxrft.models.checkpoint import named_tensors
 from jaxrft.models.layers import LayerCache
 from jaxrft.models.rope import inverse_frequencies
 from jaxrft.models.spec import RopeSpec
-from tests.models.cases import Case
-from tests.models.configs import LLAMA3, random_tokens
+from tests.models.cases import Case, make_case
+from tests.models.configs import CASES, LLAMA3, random_tokens
 
 LENGTHS = np.array([23, 17, 1, 9], np.int32)
 TOKENS = random_tokens((4, 23))
@@ -76,6 +79,20 @@ def test_gradients(case):
         assert np.abs(expected).max() > 1e-3, name
         error = np.linalg.norm(np.asarray(ours[name]) - expected) / np.linalg.norm(expected)
         assert error < 1e-4, f"{name}: relative error {error}"
+
+
+def test_the_documented_family(monkeypatch, tmp_path):
+    """The declaration and the case of docs/add-a-family.md, as they stand there."""
+    text = (Path(__file__).parents[2] / "docs" / "add-a-family.md").read_text()
+    declaration, _, added = re.findall(r"```python\n([^>].*?)```", text, re.DOTALL)
+    scope: dict = {"Family": families.Family}
+    exec(declaration, scope)
+    monkeypatch.setitem(families.FAMILIES, "seed_oss", scope["SEED_OSS"])
+    monkeypatch.setitem(CASES, "documented", eval(f"{{{added}}}")["seed_oss"])
+    case = make_case("documented", tmp_path / "source")
+    models.save(case.model, tmp_path / "export")
+    assert models.load(tmp_path / "export").spec == case.model.spec
+    test_logits(case)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)

@@ -10,7 +10,7 @@ from jaxrft.config import ConfigError
 from jaxrft.rollout import NativeEngine, Request, SamplingParams
 from tests.rollout.tiny import VOCAB, random_model, tokens_of
 
-GOOD = Request(prompt_ids=[1, 2])
+GOOD = Request(prompt_ids=[1, 2], n=8)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_refused_by_the_engine(model, request_, sampling, message) -> None:
     with NativeEngine(model, max_length=32) as engine:
         with pytest.raises(ConfigError, match=message):
             engine.generate([GOOD, request_], SamplingParams(max_tokens=4, **sampling))
-        assert len(engine.generate([GOOD], SamplingParams(max_tokens=4))) == 1
+        assert len(engine.generate([GOOD], SamplingParams(max_tokens=4))) == 8
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_weights_of_another_model_are_refused(model) -> None:
 
 def test_sleep_wake_close(model) -> None:
     sampling = SamplingParams(max_tokens=6)
-    engine = NativeEngine(model, max_length=32)
+    engine = NativeEngine(model, max_slots=8, max_length=32)
     expected = tokens_of(engine.generate([GOOD], sampling))
     engine.sleep()
     with pytest.raises(RuntimeError, match=r"asleep \(kv_cache\): call wake\(\)"):

@@ -34,16 +34,15 @@ def expected_end(decode, tokens: Sequence[int], stops: Sequence[str], min_tokens
     return None
 
 
-@pytest.mark.parametrize("chunk", [1, 8])
-@pytest.mark.parametrize("min_tokens", [0, 9])
+@pytest.mark.parametrize(("chunk", "min_tokens"), [(1, 0), (8, 9)])
 def test_completions_end_with_the_token_that_completes_a_stop_text(model, chunk, min_tokens) -> None:
     assert len(PIECES) == VOCAB
     tokenizer, stops = PieceTokenizer(), ("bxy", "abab", "é\n", " aa")
-    requests = random_requests(8, seed=2)
-    options = {"temperature": 1.3, "max_tokens": 40, "min_tokens": min_tokens, "seed": 5}
+    requests = random_requests(16, seed=2)
+    options = {"temperature": 1.3, "max_tokens": 18, "min_tokens": min_tokens, "seed": 5}
 
     def generate(**more):
-        with NativeEngine(model, tokenizer, max_slots=6, max_length=64, decode_chunk=chunk) as engine:
+        with NativeEngine(model, tokenizer, max_slots=8, max_length=32, decode_chunk=chunk) as engine:
             return engine.generate(requests, SamplingParams(**options, **more))
 
     spanning = 0

@@ -38,7 +38,7 @@ def random_model(seed: int = 0, spec: DecoderSpec = SPEC, dtype=jnp.float32) -> 
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
 
 
-def random_requests(count: int, *, seed: int = 0, longest: int = 20, largest: int = 4) -> list[Request]:
+def random_requests(count: int, *, seed: int = 0, longest: int = 12, largest: int = 4) -> list[Request]:
     """Prompts of 1 to ``longest`` tokens in groups of 1 to ``largest``; each has its own seed."""
     rng = np.random.default_rng(seed)
     return [

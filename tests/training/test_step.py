@@ -292,6 +292,25 @@ def test_a_batch_without_trained_samples_is_finite():
     assert stats["grad_norm"] == stats["loss"] == stats["skipped_steps"] == 0
 
 
+def test_the_samplers_log_probabilities_are_compared_and_change_nothing():
+    """A token that the engine gives a probability of nearly 0 leaves all statistics finite."""
+    samples = make_samples(8)
+    learner = make_learner(rows=8)
+    batch = learner.prepare(samples, score_old=True)
+    old, mask = np.asarray(batch.old_logprobs)[0], np.asarray(batch.mask)[0] > 0
+    gap = old[mask] - np.asarray(batch.sampler_logprobs)[0][mask]
+    (stats,) = learner.update(batch, 99, None)
+    assert stats["sampling/logprob_difference/mean"] == pytest.approx(np.abs(gap).mean(), rel=1e-5)
+    assert stats["sampling/logprob_difference/max"] == pytest.approx(np.abs(gap).max(), rel=1e-5)
+    assert stats["sampling/kl"] == pytest.approx(np.mean(np.exp(gap) - 1 - gap), rel=1e-4)
+    expected = host(learner.state)
+    learner = make_learner(rows=8)
+    far = [dataclasses.replace(s, logprobs=np.full(len(s.response_ids), -1e4)) for s in samples]
+    (stats,) = update(learner, far)
+    assert all(map(math.isfinite, stats.values()))
+    assert bit_equal(expected, learner.state)
+
+
 def test_a_rollout_ends_in_its_middle_where_the_run_does():
     """The first pass over the micro-batches in order, then the second as far as steps are left."""
     learner = make_learner(rows=4, steps_per_generation=3, num_iterations=2)
@@ -306,9 +325,12 @@ def test_a_rollout_ends_in_its_middle_where_the_run_does():
 
 
 EIGHT_DEVICES = """
+import dataclasses
 import json
 import jax
+import numpy as np
 from jaxrft.config import ParallelConfig
+from jaxrft.training.learner import UNBOUNDED
 from tests.training.test_step import difference, host, make_learner, make_samples, update
 
 def train(replica):
@@ -317,18 +339,27 @@ def train(replica):
     assert all(len(p.sharding.device_set) == replica and p.is_fully_replicated for p in jax.tree.leaves(learner.state))
     return host(learner.state.params), stats, learner._step._cache_size()
 
+def work(replica):
+    "Operations of one device in a step whose logits need several chunks."
+    learner = make_learner(8 // replica, vocab=50021, parallel=ParallelConfig(replica=replica))
+    samples = [dataclasses.replace(s, response_ids=[1] * 96, logprobs=np.zeros(96)) for s in make_samples(8)]
+    batch = learner.prepare(samples, score_old=False)
+    return learner._step.lower(learner.state, batch, UNBOUNDED).compile().cost_analysis()["flops"]
+
 start = host(make_learner(8, 2).state.params)
 one, eight = train(1), train(8)
 gaps = [abs(a[k] - b[k]) / (1e-3 + abs(a[k])) for a, b in zip(one[1], eight[1], strict=True) for k in a]
-print(json.dumps({"params": difference(one[0], eight[0], start), "stats": max(gaps), "programs": [one[2], eight[2]]}))
+result = {"params": difference(one[0], eight[0], start), "stats": max(gaps), "programs": [one[2], eight[2]]}
+print(json.dumps(result | {"work": work(1) / work(8)}))
 """
 
 
-def test_eight_devices_are_one(run_python):
+def test_eight_devices_are_one_and_share_the_work(run_python):
     result = json.loads(run_python(EIGHT_DEVICES, devices=8).stdout.splitlines()[-1])
     assert result["params"] < 1e-5
     assert result["stats"] < 1e-4
     assert result["programs"] == [1, 1], "one program for all updates"
+    assert result["work"] > 6
 
 
 # ------------------------------------------------------------------ log-probabilities of responses
