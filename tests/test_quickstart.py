@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,8 +69,12 @@ def test_the_quickstart_learns_from_other_seeds(run_python, tmp_path, seed):
 def test_shuffled_rewards_do_not_improve(run_python, tmp_path):
     """The control: same compute, same warm start, rewards dealt out at random."""
     (tmp_path / "control.py").write_text(SHUFFLED)
-    run(run_python, f"output_dir={tmp_path}/run", f"rewards.functions=[{tmp_path}/control.py:shuffled, exact_match]",
-        "reward_weights=[1.0, 0.0]")
+    run(
+        run_python,
+        f"output_dir={tmp_path}/run",
+        f"rewards.functions=[{tmp_path}/control.py:shuffled, exact_match]",
+        "reward_weights=[1.0, 0.0]",
+    )
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     right = [r["eval/rewards/exact_match/mean"] for r in records if "eval/rewards/exact_match/mean" in r]
     assert right[-1] < right[0] + 0.05
@@ -80,7 +85,8 @@ def test_shuffled_rewards_do_not_improve(run_python, tmp_path):
 def test_ones_own_jsonl_learns(run_python, tmp_path):
     """The second config, on a file with columns of its own."""
     root = QUICKSTART.parent.parent
-    run_python(f"import runpy, sys; sys.argv = ['make_sums', {str(tmp_path)!r}]; runpy.run_path('{root}/scripts/make_sums.py', run_name='__main__')")
+    script = root / "scripts" / "make_sums.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True)
     arguments = [
         str(root / "configs" / "jsonl.yaml"), f"output_dir={tmp_path}/run",
         f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/test.jsonl",

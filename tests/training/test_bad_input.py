@@ -159,7 +159,8 @@ except ConfigError as error:
 def test_command_line_prints_one_line(tmp_path, run_python):
     """The same through ``python -m jaxrft.train``: exit code 2, no traceback, nothing on standard output."""
     for override, word in [("model.path=/nowhere/model", "/nowhere/model"), ("learning_rat=1", "learning_rate")]:
-        code = f"import sys; from jaxrft.train import main; sys.exit(main(['configs/quickstart.yaml', {override!r}, 'model.scratch=null', 'output_dir={tmp_path}/x']))"
+        arguments = ["configs/quickstart.yaml", override, "model.scratch=null", f"output_dir={tmp_path}/x"]
+        code = f"import sys; from jaxrft.train import main; sys.exit(main({arguments!r}))"
         done = run_python(code, check=False)
         assert done.returncode == 2
         assert word in done.stderr

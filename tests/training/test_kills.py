@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from tests.conftest import ROOT
 
 from jaxrft.tracking import read_metrics
+from tests.conftest import ROOT
 
 RUN = """
 import sys
@@ -47,7 +47,9 @@ def wait_for_step(folder, step, process, seconds=300):
             if lines and json.loads(lines[-1])["step"] >= step:
                 return
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()[0] if process.poll() is not None else ''}")
+    raise AssertionError(
+        f"step {step} was not reached: {process.communicate()[0] if process.poll() is not None else ''}"
+    )
 
 
 def lasting(folder):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.training.tiny import MODEL, ROWS, SCRATCH, digits, tiny_config
 
 from jaxrft import RLTrainer
 from jaxrft.config import (
@@ -32,6 +31,7 @@ from jaxrft.training.rollouts import (
     shuffled,
     training_sampling,
 )
+from tests.training.tiny import MODEL, ROWS, SCRATCH, digits, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,20 @@ def test_schedules_are_those_of_transformers(kind, warmup):
 
 def test_batch_arithmetic():
     config = RLConfig(
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=6, num_generations=8, num_iterations=3
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        steps_per_generation=6,
+        num_generations=8,
+        num_iterations=3,
     )
     assert (config.rollout_samples, config.rollout_prompts, config.micro_batches) == (24, 3, 6)
     assert config.updates_per_rollout == 9
     same = RLConfig(
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, generation_batch_size=24, num_generations=8, num_iterations=3
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        generation_batch_size=24,
+        num_generations=8,
+        num_iterations=3,
     )
     assert (same.rollout_samples, same.updates_per_rollout) == (24, 9)
 
@@ -133,7 +141,9 @@ def test_top_level_fields_of_the_recipe(name, value, nested, expected):
 
 def test_other_fields_of_the_recipe():
     changes = {"dual_clip": 3.0, "kl_kind": "k1", "baseline": "leave_one_out"}
-    recipe = parts.build_recipe(RLConfig(algorithm=AlgorithmConfig(recipe="dr_grpo", **changes), max_completion_length=77))
+    recipe = parts.build_recipe(
+        RLConfig(algorithm=AlgorithmConfig(recipe="dr_grpo", **changes), max_completion_length=77)
+    )
     assert (recipe.policy.dual_clip, recipe.policy.kl_kind) == (3.0, "k1")
     assert (recipe.advantage.baseline, recipe.advantage.scale) == ("leave_one_out", "none")
     assert (recipe.policy.reduction, recipe.policy.constant_length) == ("constant", 77)
@@ -231,7 +241,10 @@ def test_models_by_config(tmp_path):
 
 def test_rewards_by_config():
     settings = RewardsConfig(
-        functions=["format_boxed", "exact_match"], arguments={"exact_match": {"extract": r"\d"}}, on_error="none", timeout=2.0
+        functions=["format_boxed", "exact_match"],
+        arguments={"exact_match": {"extract": r"\d"}},
+        on_error="none",
+        timeout=2.0,
     )
     rewards = parts.build_rewards(RLConfig(rewards=settings, reward_weights=[0.5, 2.0]), None)
     assert rewards.names == ["format_boxed", "exact_match"]

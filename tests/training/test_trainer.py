@@ -7,20 +7,47 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.training.tiny import MODEL, ROWS, SCRATCH, digits, tiny_config
 
 from jaxrft import RLConfig, RLTrainer, models
 from jaxrft.config import EvaluationConfig, ModelConfig, RewardsConfig, TrackingConfig, WarmStartConfig
 from jaxrft.data import load_tokenizer
 from jaxrft.tracking import read_completions, read_metrics
+from tests.training.tiny import MODEL, ROWS, SCRATCH, digits, tiny_config
 
-REPORTED = """
-reward reward_std frac_reward_zero_std rewards/digits/mean rewards/digits/std completions/mean_length
-completions/min_length completions/max_length completions/clipped_ratio entropy kl sampling/kl
-sampling/logprob_difference/mean sampling/logprob_difference/max ratio/mean clip_ratio/low_mean clip_ratio/high_mean
-clip_ratio/region_mean grad_norm skipped_steps learning_rate loss tokens_per_second/rollout tokens_per_second/training
-time/rollout time/rewards time/training compiles time/compile peak_memory_bytes epoch num_tokens
-""".split()
+REPORTED = [
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "rewards/digits/mean",
+    "rewards/digits/std",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "kl",
+    "sampling/kl",
+    "sampling/logprob_difference/mean",
+    "sampling/logprob_difference/max",
+    "ratio/mean",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "grad_norm",
+    "skipped_steps",
+    "learning_rate",
+    "loss",
+    "tokens_per_second/rollout",
+    "tokens_per_second/training",
+    "time/rollout",
+    "time/rewards",
+    "time/training",
+    "compiles",
+    "time/compile",
+    "peak_memory_bytes",
+    "epoch",
+    "num_tokens",
+]
 
 
 def digit_model():
@@ -173,7 +200,9 @@ def test_logging_steps_average(tmp_path):
     records = read_metrics(trainer.folder.metrics)
     assert [r["step"] for r in records if "reward" in r] == [3, 4]
     assert [r["step"] for r in records if "eval/reward" in r] == [4]
-    assert not (trainer.folder.path / "completions").exists() or not list((trainer.folder.path / "completions").iterdir())
+    assert not (trainer.folder.path / "completions").exists() or not list(
+        (trainer.folder.path / "completions").iterdir()
+    )
 
 
 def test_sampling_at_a_high_first_temperature_passes_the_audit(tmp_path):
@@ -212,7 +241,8 @@ def test_columns_and_files_from_the_command_line(tmp_path, run_python):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"question": r["prompt"], "solution": r["answer"]}) for r in ROWS))
     (tmp_path / "reward.py").write_text(
-        "def near(completions, solution, **_):\n    return [float(len(c) == len(s)) for c, s in zip(completions, solution)]\n"
+        "def near(completions, solution, **_):\n"
+        "    return [float(len(c) == len(s)) for c, s in zip(completions, solution)]\n"
     )
     arguments = [
         "configs/quickstart.yaml", f"output_dir={tmp_path}/run", f"data.train={rows}", "data.eval=null",
