@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrft.models.precision import matmul_precision
+
 # Large enough to vanish in a softmax, small enough that a row with nothing to see stays finite.
 MASKED_SCORE = -1e30
 
@@ -60,10 +62,11 @@ def attend(
     q = q.reshape(batch * kv_heads, group * time, head_dim) * jnp.asarray(head_dim**-0.5, query.dtype)
     k = key.reshape(batch * kv_heads, keys, head_dim)
     v = value.reshape(batch * kv_heads, keys, head_dim)
-    scores = jnp.einsum("nqd,nkd->nqk", q, k, preferred_element_type=jnp.float32)
+    precision = matmul_precision(q.dtype)
+    scores = jnp.einsum("nqd,nkd->nqk", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, group, time, keys)
     scores = jnp.where(mask[:, None, None], scores, MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("nqk,nkd->nqd", weights.reshape(batch * kv_heads, group * time, keys), v)
+    out = jnp.einsum("nqk,nkd->nqd", weights.reshape(batch * kv_heads, group * time, keys), v, precision=precision)
     out = out.reshape(batch, kv_heads, group, time, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, time, heads, head_dim)

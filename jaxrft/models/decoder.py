@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrft.models.attention import cache_mask, causal_mask
 from jaxrft.models.layers import DecoderLayer, Embedding, LayerCache, Linear, RMSNorm
+from jaxrft.models.precision import matmul_precision
 from jaxrft.models.rope import rope_tables
 from jaxrft.models.spec import DecoderSpec
 
@@ -110,7 +111,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
         """Output projection, float32."""
-        return jnp.matmul(hidden, self.output_kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel, precision = self.output_kernel.astype(hidden.dtype), matmul_precision(hidden.dtype)
+        return jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
 
     def _windows(self) -> set[int | None]:
         return {self.spec.sliding_window(index) for index in range(self.spec.num_layers)}

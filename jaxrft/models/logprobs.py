@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrft.models.precision import matmul_precision
+
 # Logits alive at a time, in elements. Each chunk reads the projection, and in the gradient reads and writes
 # its float32 cotangent: accelerators want few large chunks, a CPU chunks that its caches still serve.
 CHUNK_ELEMENTS = {"cpu": 2**24}
@@ -100,7 +102,8 @@ def _join(parts: Array, batch: int) -> Array:
 
 
 def _project(hidden, kernel):
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    precision = matmul_precision(hidden.dtype)
+    return jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _chunk_forward(kernel, hidden, targets, temperature):
@@ -158,7 +161,8 @@ def _chunk_backward(kernel, hidden, targets, temperature, entropy, peak, log_tot
     d_logits = -jnp.exp(log_p) * (d_logprobs[:, None] + d_entropy[:, None] * (log_p + entropy[:, None]))
     d_logits = d_logits.at[jnp.arange(targets.shape[0]), targets].add(d_logprobs)
     d_logits = (d_logits / temperature[:, None]).astype(hidden.dtype)
-    return jnp.matmul(d_logits, kernel.T), _project(hidden.T, d_logits)
+    d_hidden = jnp.matmul(d_logits, kernel.T, precision=matmul_precision(hidden.dtype))
+    return d_hidden, _project(hidden.T, d_logits)
 
 
 _projected.defvjp(_projected_forward, _projected_backward)

@@ -41,6 +41,6 @@ def response_logprobs(
     chosen = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
     targets = jnp.take_along_axis(tokens, predicting + 1, axis=1)
     # Rows keep their axis: flattened into one of tokens, every device would project the tokens of all.
-    logprobs, entropy = projected_logprobs(chosen, model.output_kernel, targets, temperature)
+    logprobs, entropy = projected_logprobs(chosen, model.output_kernel, targets, jnp.asarray(temperature))
     valid = jnp.arange(temperature.shape[1]) < (lengths - prompt_lengths)[:, None]
     return jnp.where(valid, logprobs, 0.0), jnp.where(valid, entropy, 0.0)

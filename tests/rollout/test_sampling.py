@@ -11,12 +11,14 @@ import pytest
 from scipy import stats
 
 from jaxrft.rollout import NativeEngine, Request, SamplingParams
-from jaxrft.rollout.sampling import Mode, draw, sampling_values, truncate
+from jaxrft.rollout.sampling import Mode, draw, sampling_values
+from jaxrft.rollout.sampling import truncate as truncate_eagerly
 from tests.rollout.tiny import VOCAB
 
 DRAWS = 8192
 STOPS = (2, 9, 11)
 PROMPT = [4, 1, 7]
+truncate = jax.jit(truncate_eagerly)
 
 OPTIONS = {
     "temperature": {"temperature": 0.6},
@@ -112,7 +114,7 @@ def test_truncation_keeps_what_sorting_keeps(vocab) -> None:
     cases = [(0, 1.0, 0.0), (1, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.5, 0.0), (0, 1e-6, 0.0), (0, 1.0, 0.3), (40, 0.9, 0.02)]
     for top_k, top_p, min_p in cases:
         logits = (5 * rng.standard_normal((6, vocab))).astype(np.float32)
-        kept = np.isfinite(np.asarray(truncate(jnp.asarray(logits), top_k, top_p, min_p)))
+        kept = np.isfinite(truncate(logits, top_k, top_p, min_p))
         params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
         expected = np.array([exact_distribution(row, params, 0) > 0 for row in logits])
         np.testing.assert_array_equal(kept, expected, err_msg=f"{top_k=} {top_p=} {min_p=}")
@@ -120,11 +122,11 @@ def test_truncation_keeps_what_sorting_keeps(vocab) -> None:
 
 def test_truncation_keeps_all_tokens_of_a_tie() -> None:
     logits = jnp.log(jnp.array([[0.1, 0.3, 0.1, 0.3, 0.1, 0.1]]))
-    assert jnp.isfinite(truncate(logits, 1, 1.0, 0.0))[0].tolist() == [False, True, False, True, False, False]
-    assert jnp.isfinite(truncate(logits, 0, 0.35, 0.0))[0].tolist() == [False, True, False, True, False, False]
-    assert jnp.isfinite(truncate(logits, 3, 1.0, 0.0))[0].all()
-    assert jnp.isfinite(truncate(logits, 0, 0.65, 0.0))[0].all()
-    assert jnp.isfinite(truncate(logits, 0, 1.0, 1.0))[0].tolist() == [False, True, False, True, False, False]
+    assert np.isfinite(truncate(logits, 1, 1.0, 0.0))[0].tolist() == [False, True, False, True, False, False]
+    assert np.isfinite(truncate(logits, 0, 0.35, 0.0))[0].tolist() == [False, True, False, True, False, False]
+    assert np.isfinite(truncate(logits, 3, 1.0, 0.0))[0].all()
+    assert np.isfinite(truncate(logits, 0, 0.65, 0.0))[0].all()
+    assert np.isfinite(truncate(logits, 0, 1.0, 1.0))[0].tolist() == [False, True, False, True, False, False]
 
 
 def test_greedy_ties_go_to_the_lowest_token() -> None:

@@ -221,6 +221,18 @@ def test_sampling_at_a_high_first_temperature_passes_the_audit(tmp_path):
     assert metrics["sampling/logprob_difference/max"] < 1e-4
 
 
+def test_bfloat16_passes_the_audit(tmp_path):
+    """In bfloat16 it is the mean that is held to a tolerance; parameters and moments stay float32."""
+    model = ModelConfig(scratch=SCRATCH, tokenizer=MODEL.tokenizer, dtype="bfloat16")
+    trainer = RLTrainer(
+        config=tiny_config(tmp_path / "run", model=model, beta=0.02), reward_funcs=digits, train_dataset=ROWS
+    )
+    metrics = trainer.train()
+    assert 0 < metrics["sampling/logprob_difference/mean"] < 5e-2
+    floats = [x for x in jax.tree.leaves(trainer.learner.state) if np.issubdtype(x.dtype, np.inexact)]
+    assert all(x.dtype == np.float32 for x in floats)
+
+
 def test_warm_start_stops_at_its_target(tmp_path):
     settings = WarmStartConfig(
         max_steps=60, target_accuracy=0.2, eval_steps=5, batch_size=16, learning_rate=2e-2, answer_column="answer"

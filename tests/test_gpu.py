@@ -1,0 +1,38 @@
+"""What must hold on an NVIDIA GPU; elsewhere these tests are skipped."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrft import RLTrainer
+from jaxrft.config import ModelConfig
+from tests.training.tiny import MODEL, ROWS, SCRATCH, digits, tiny_config
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_passes_its_audit(tmp_path, dtype):
+    """float32 is float32: with matmuls in TF32, engine and trainer would differ by far more than the audit allows."""
+    model = ModelConfig(scratch=SCRATCH, tokenizer=MODEL.tokenizer, dtype=dtype)
+    config = tiny_config(tmp_path / "run", model=model, beta=0.01, max_steps=3)
+    trainer = RLTrainer(config=config, reward_funcs=digits, train_dataset=ROWS)
+    metrics = trainer.train()
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["peak_memory_bytes"] > 0
+    assert next(iter(jax.tree.leaves(trainer.learner.state.params))).devices().pop().platform == "gpu"
+    limit = 1e-4 if dtype == "float32" else 5e-2
+    assert metrics["sampling/logprob_difference/mean"] < limit
+
+
+def test_logits_equal_the_cpu(tmp_path):
+    from jaxrft import models
+
+    model = models.from_config(SCRATCH | {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 128})
+    tokens = np.random.default_rng(0).integers(0, 50, (4, 24))
+    on_gpu = np.asarray(model(tokens))
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = np.asarray(
+            models.from_config(SCRATCH | {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 128})(tokens)
+        )
+    np.testing.assert_allclose(on_gpu, on_cpu, atol=1e-4)
