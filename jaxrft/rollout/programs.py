@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrft.rollout.sampling import Draw, Mode, SamplingValues, draw
@@ -81,19 +82,23 @@ class Placement(NamedTuple):
 class Programs:
     """Jitted functions of one model; shared by all engines of that model's shape.
 
+    Args:
+        graphdef, treedef: the model and its parameters, without arrays.
+        mesh: devices that the parameters lie on; its axis ``replica`` shares out the slots. None: one device.
+
     Attributes:
         compiled: name, shapes and static arguments of every program that was compiled.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, treedef: Any):
-        self._graphdef, self._treedef = graphdef, treedef
+    def __init__(self, graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None):
+        self._graphdef, self._treedef, self._mesh = graphdef, treedef, mesh
         self.compiled: set[tuple[Any, ...]] = set()
         self._empty = jax.jit(self._empty_impl, static_argnames=("slots", "length"))
         self._prefill = jax.jit(self._prefill_impl)
-        self._place = jax.jit(_place_impl, static_argnames="mode", donate_argnames="state")
+        self._place = jax.jit(self._place_impl, static_argnames="mode", donate_argnames="state")
         self._take = jax.jit(lambda logits, row: logits[jnp.maximum(row, 0)])
-        self._copy = jax.jit(_copy_impl, donate_argnames="cache")
-        self._resize = jax.jit(_resize_impl, static_argnames="length")
+        self._copy = jax.jit(self._copy_impl, donate_argnames="cache")
+        self._resize = jax.jit(self._resize_impl, static_argnames="length")
         statics = ("steps", "mode")
         self._decode = jax.jit(self._decode_impl, static_argnames=statics, donate_argnames=("state", "caches"))
 
@@ -170,12 +175,12 @@ class Programs:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
     def _empty_impl(self, leaves, *, slots, length):
-        return self._model(leaves).init_cache(slots, length)
+        return self._share_out(self._model(leaves).init_cache(slots, length))
 
     def _prefill_impl(self, leaves, tokens, lengths):
         model = self._model(leaves)
-        hidden, caches = model.prefill(tokens, lengths)
-        return Prefilled(model.logits(hidden), caches)
+        hidden, caches = model.prefill(*self._share_out((tokens, lengths)))
+        return self._share_out(Prefilled(model.logits(hidden), caches))
 
     def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
         window = caches[0].key.shape[2]
@@ -200,13 +205,24 @@ class Programs:
         _, state, caches, log = jax.lax.while_loop(unfinished, one_token, carry)
         floats = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (log.logprobs, log.sampled_logprobs)]
         packed = jnp.concatenate([log.tokens, *floats, state.produced[None], state.done[None].astype(jnp.int32)])
-        return state, caches, packed
+        return self._share_out(state), self._share_out(caches), packed
+
+    def _share_out(self, tree: Any) -> Any:
+        """Splits the first axis of every array over the replicas, where it divides."""
+        if self._mesh is None or "replica" not in self._mesh.axis_names:
+            return tree
+
+        def pin(x: jax.Array) -> jax.Array:
+            spec = PartitionSpec("replica" if x.shape[0] % self._mesh.shape["replica"] == 0 else None)
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
+
+        return jax.tree.map(pin, tree)
 
 
 @functools.lru_cache(maxsize=8)
-def programs_of(graphdef: nnx.GraphDef, treedef: Any) -> Programs:
-    """The programs of a model; made once for all engines of its shape."""
-    return Programs(graphdef, treedef)
+def programs_of(graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None) -> Programs:
+    """The programs of a model; made once for all engines of its shape on these devices."""
+    return Programs(graphdef, treedef, mesh)
 
 
 def empty_state(slots: int, key: Key[Array, ""]) -> SlotState:

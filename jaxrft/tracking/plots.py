@@ -163,6 +163,10 @@ def _draw_kl(axes: Axes, rl: Records) -> None:
     if drawn and max(drawn) > 0:
         # The gap is orders of magnitude smaller. Zeros and negative values (k1) stay in the linear part.
         axes.set_yscale("symlog", linthresh=1e-7 if min(drawn) >= 0 else 1e-3)
+        positive = [value for value in drawn if value > 0]
+        if min(drawn) >= 0:  # Whole decades, so that at least two ticks have numbers.
+            low = 0.0 if min(positive) < 1e-7 else 10.0 ** math.floor(math.log10(min(positive)))
+            axes.set_ylim(low, 10.0 ** math.ceil(math.log10(max(positive)) + 0.05))
     axes.set_ylabel("nats a token")
     _finish(axes, "KL", empty=not drawn)
 
