@@ -3,9 +3,9 @@
 
     python scripts/make_sums.py OUT_DIR [--largest 99] [--held-out 0.1] [--seed 0]
 
-OUT_DIR gets train.jsonl and test.jsonl, one object a line, such as {"question": "34-87=", "solution": "-53"}.
-What is held out is drawn by value: where 34-87 is in test.jsonl then so is 87-34, and neither is in train.jsonl.
-Needs nothing but Python.
+OUT_DIR gets train.jsonl and test.jsonl, one object a line, such as {"question": "121-87=", "solution": "34"}: what is
+taken away and what is left run from 0 to the largest number. What is held out is drawn by value: where 121-87 is in
+test.jsonl then so is 121-34, and neither is in train.jsonl. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def split(largest: int, held_out: float, rng: random.Random) -> dict[str, list[t
     return splits
 
 
-def row(a: int, b: int) -> dict[str, str]:
-    return {"question": f"{a}-{b}=", "solution": str(a - b)}
+def row(left: int, taken: int) -> dict[str, str]:
+    return {"question": f"{left + taken}-{taken}=", "solution": str(left)}
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def test_sums_are_held_out_by_value(tmp_path, monkeypatch):
     for name in ("train", "test"):
         for line in (tmp_path / "sums" / f"{name}.jsonl").read_text().splitlines():
             row = json.loads(line)
-            a, b = map(int, re.fullmatch(r"(\d+)-(\d+)=", row["question"]).groups())
-            assert row["solution"] == str(a - b)
-            assert seen.setdefault(frozenset((a, b)), name) == name
+            whole, taken = map(int, re.fullmatch(r"(\d+)-(\d+)=", row["question"]).groups())
+            assert row["solution"] == str(whole - taken)
+            assert seen.setdefault(frozenset((whole - taken, taken)), name) == name
             count += 1
     assert count == 31 * 31
     assert list(seen.values()).count("test") == round(0.2 * 31 * 32 / 2)

@@ -68,6 +68,21 @@ def to_yaml(config: Section) -> str:
     return dump(to_dict(config))
 
 
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs between two configs as nested plain values: ``path: old -> new``, sorted."""
+    old, new = _flat(before), _flat(after)
+    return [
+        f"{path}: {old.get(path)} -> {new.get(path)}" for path in sorted(old | new) if old.get(path) != new.get(path)
+    ]
+
+
+def _flat(data: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return flat
+
+
 def _build(section: type[Section], data: dict[str, Any] | None, path: str) -> Any:
     hints = typing.get_type_hints(section)
     values = dict(data or {})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxrft.rollout.programs import Caches, Prefilled, Programs, empty_state
+from jaxrft.rollout.programs import Caches, Prefilled, Programs
 from jaxrft.rollout.records import SamplingParams
 from jaxrft.rollout.sampling import modes, sampling_values
 from jaxrft.rollout.scheduler import Group, Scheduler, bucket, pad_prompts
@@ -42,7 +42,7 @@ class Loop:
         self._steps, self._max_length, self._max_prefill_tokens = steps, max_length, max_prefill_tokens
         self._values = sampling_values(sampling, eos_ids)
         self._first_mode, self._mode = modes(sampling)
-        self._state = empty_state(scheduler.slots, self._values.key)
+        self._state = programs.start(scheduler.slots, self._values)
         self._caches: Caches | None = None
         self._groups: list[Group] = []  # those of self._prompts that wait for slots
         self._prompts: Prefilled | None = None

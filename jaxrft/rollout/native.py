@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 from flax import nnx
@@ -70,7 +70,7 @@ class NativeEngine:
         leaves, treedef = jax.tree.flatten(params)
         self._leaves: tuple[jax.Array, ...] | None = tuple(leaves)
         self._treedef: Any = treedef
-        self._programs = programs_of(graphdef, self._treedef)
+        self._programs = programs_of(graphdef, self._treedef, _mesh_of(self._leaves[0]))
         self._vocab_size = model.spec.vocab_size
         self._tokenizer = tokenizer
         self._eos_ids = _eos_ids(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
@@ -207,3 +207,11 @@ class NativeEngine:
 def _eos_ids(tokenizer: Any) -> tuple[int, ...]:
     eos = getattr(tokenizer, "eos_token_id", None)
     return () if eos is None else (int(eos),)
+
+
+def _mesh_of(array: jax.Array) -> jax.sharding.Mesh | None:
+    """The mesh of several devices that an array lies on."""
+    sharding = array.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size == 1:
+        return None
+    return cast(jax.sharding.Mesh, sharding.mesh)

@@ -24,34 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxrft.rollout.sampling import Draw, Mode, SamplingValues, draw
+from jaxrft.rollout.sampling import Mode, SamplingValues, draw
+from jaxrft.rollout.slots import Cache, Placement, SlotState, advance, copy_rows, empty_state, place, resize
 
 logger = logging.getLogger(__name__)
 
-# One models.layers.LayerCache a layer, in a list: stacked, every step would copy them.
-Caches = list[Any]
-
-
-class SlotState(NamedTuple):
-    """What the device knows of each slot. Donated to every program that changes it.
-
-    Attributes:
-        newest: last token drawn, with its log-probabilities; not yet in the caches.
-        positions: where the newest token stands, counted from the prompt's start.
-        produced: tokens drawn, the newest included.
-        limits: tokens that may be drawn at most.
-        keys: random key of the slot's completion.
-        done: nothing more is drawn.
-    """
-
-    newest: Draw
-    positions: Int[Array, "slots"]
-    produced: Int[Array, "slots"]
-    limits: Int[Array, "slots"]
-    keys: Key[Array, "slots"]
-    done: Bool[Array, "slots"]
+# One a layer, in a list: stacked, every step would copy them.
+Caches = list[Cache]
 
 
 class Prefilled(NamedTuple):
@@ -59,24 +40,6 @@ class Prefilled(NamedTuple):
 
     logits: Float[Array, "prompts vocab"]
     caches: Caches
-
-
-class Placement(NamedTuple):
-    """Which slots take which prompt; int32 NumPy arrays.
-
-    Attributes:
-        row: the prompt's row in :class:`Prefilled`; -1 leaves the slot as it is.
-        length: tokens of the prompt.
-        limit: tokens that may be drawn at most.
-        seed: the request's seed, its 32 bits read as a signed integer.
-        sample: the completion's place in its group.
-    """
-
-    row: Int[np.ndarray, "slots"]
-    length: Int[np.ndarray, "slots"]
-    limit: Int[np.ndarray, "slots"]
-    seed: Int[np.ndarray, "slots"]
-    sample: Int[np.ndarray, "slots"]
 
 
 class Programs:
@@ -93,14 +56,19 @@ class Programs:
     def __init__(self, graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None):
         self._graphdef, self._treedef, self._mesh = graphdef, treedef, mesh
         self.compiled: set[tuple[Any, ...]] = set()
+        self._start = jax.jit(self._sharing(empty_state), static_argnames="slots")
         self._empty = jax.jit(self._empty_impl, static_argnames=("slots", "length"))
         self._prefill = jax.jit(self._prefill_impl)
-        self._place = jax.jit(self._place_impl, static_argnames="mode", donate_argnames="state")
+        self._place = jax.jit(self._sharing(place), static_argnames="mode", donate_argnames="state")
         self._take = jax.jit(lambda logits, row: logits[jnp.maximum(row, 0)])
-        self._copy = jax.jit(self._copy_impl, donate_argnames="cache")
-        self._resize = jax.jit(self._resize_impl, static_argnames="length")
+        self._copy = jax.jit(self._sharing(copy_rows), donate_argnames="cache")
+        self._resize = jax.jit(self._sharing(resize), static_argnames="length")
         statics = ("steps", "mode")
         self._decode = jax.jit(self._decode_impl, static_argnames=statics, donate_argnames=("state", "caches"))
+
+    def start(self, slots: int, values: SamplingValues) -> SlotState:
+        """Slots with nothing in them."""
+        return self._call(("start", slots), self._start, values.key, slots=slots)
 
     def empty(self, leaves, slots: int, length: int) -> Caches:
         """Caches of ``length`` tokens for ``slots`` completions."""
@@ -199,7 +167,7 @@ class Programs:
             hidden, caches = model.decode(state.newest.tokens, state.positions, caches, window)
             drawn = draw(model.logits(hidden), state.keys, state.produced, values.temperature, values, mode)
             log = jax.tree.map(lambda rows, x: jax.lax.dynamic_update_index_in_dim(rows, x, step + 1, 0), log, drawn)
-            return step + 1, _advance(state, drawn, values), caches, log
+            return step + 1, advance(state, drawn, values), caches, log
 
         carry = (jnp.int32(0), state, caches, log)
         _, state, caches, log = jax.lax.while_loop(unfinished, one_token, carry)
@@ -207,78 +175,29 @@ class Programs:
         packed = jnp.concatenate([log.tokens, *floats, state.produced[None], state.done[None].astype(jnp.int32)])
         return self._share_out(state), self._share_out(caches), packed
 
+    def _sharing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with what it returns shared out."""
+
+        @functools.wraps(function)
+        def run(*arguments: Any, **statics: Any) -> Any:
+            return self._share_out(function(*arguments, **statics))
+
+        return run
+
     def _share_out(self, tree: Any) -> Any:
         """Splits the first axis of every array over the replicas, where it divides."""
-        if self._mesh is None or "replica" not in self._mesh.axis_names:
+        mesh = self._mesh
+        if mesh is None:
             return tree
 
-        def pin(x: jax.Array) -> jax.Array:
-            spec = PartitionSpec("replica" if x.shape[0] % self._mesh.shape["replica"] == 0 else None)
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
+        def sharding(x: jax.Array) -> NamedSharding:
+            divides = x.shape[0] % mesh.shape.get("replica", 1) == 0
+            return NamedSharding(mesh, PartitionSpec("replica" if divides else None))
 
-        return jax.tree.map(pin, tree)
+        return jax.lax.with_sharding_constraint(tree, jax.tree.map(sharding, tree))
 
 
 @functools.lru_cache(maxsize=8)
 def programs_of(graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None) -> Programs:
     """The programs of a model; made once for all engines of its shape on these devices."""
     return Programs(graphdef, treedef, mesh)
-
-
-def empty_state(slots: int, key: Key[Array, ""]) -> SlotState:
-    """Slots that are all done."""
-
-    def zeros(dtype=jnp.int32):
-        return jnp.zeros((slots,), dtype)
-
-    newest = Draw(zeros(), zeros(jnp.float32), zeros(jnp.float32))
-    keys = jnp.broadcast_to(key, (slots,))
-    return SlotState(newest, zeros(), zeros(), zeros(), keys, jnp.ones((slots,), bool))
-
-
-def _place_impl(state, logits, placement, values, *, mode):
-    taken = placement.row >= 0
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(values.key, placement.seed.astype(jnp.uint32))
-    keys = jax.vmap(jax.random.fold_in)(keys, placement.sample)
-    none = jnp.zeros_like(placement.row)
-    drawn = draw(logits, keys, none, values.first_temperature, values, mode)
-    done = _is_stop(drawn.tokens, values) | (placement.limit <= 1)
-    new = SlotState(drawn, placement.length, none + 1, placement.limit, keys, done)
-    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state)
-
-
-def _copy_impl(cache, new, row):
-    taken = (row >= 0)[:, None, None, None]
-
-    def one(cache, new):
-        length = min(new.shape[2], cache.shape[2])
-        start = jnp.where(taken, new[jnp.maximum(row, 0), :, :length], cache[:, :, :length])
-        # .at[].set() would be a scatter, which is slow to compile and to run.
-        return jax.lax.dynamic_update_slice(cache, start, (0, 0, 0, 0))
-
-    return jax.tree.map(one, cache, new)
-
-
-def _resize_impl(cache, *, length):
-    def one(cache):
-        slots, kv_heads, old, head_dim = cache.shape
-        if length < old:
-            return cache[:, :, :length]
-        # Two axes: XLA has a fast path for these, and compiles it six times faster than a pad of four.
-        tail = jnp.zeros((slots * kv_heads, (length - old) * head_dim), cache.dtype)
-        joined = jnp.concatenate([cache.reshape(slots * kv_heads, -1), tail], axis=1)
-        return joined.reshape(slots, kv_heads, length, head_dim)
-
-    return jax.tree.map(one, cache)
-
-
-def _advance(state: SlotState, drawn: Draw, values: SamplingValues) -> SlotState:
-    """Takes the drawn tokens where a slot is not done."""
-    live = (~state.done).astype(jnp.int32)
-    produced = state.produced + live
-    done = state.done | _is_stop(drawn.tokens, values) | (produced >= state.limits)
-    return state._replace(newest=drawn, positions=state.positions + live, produced=produced, done=done)
-
-
-def _is_stop(tokens: Int[Array, "slots"], values: SamplingValues) -> Bool[Array, "slots"]:
-    return (tokens[:, None] == values.stop_ids).any(-1)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrft.rollout.programs import Placement
 from jaxrft.rollout.records import Completion, FinishReason, Request, SamplingParams
+from jaxrft.rollout.slots import Placement
 from jaxrft.rollout.stopping import stop_text_end
 
 EMPTY = -1

@@ -39,6 +39,7 @@ class TrainingRun:
         if trainer.train_prompts is None or trainer.order is None:
             raise ConfigError("data.train: got None; name the training prompts, or give train_dataset=...")
         self.prompts, self.order = trainer.train_prompts, trainer.order
+        self.changes = self._changes() if self.config.resume_from_checkpoint else []
         self.resumed = self.folder.claim(self.config.resume_from_checkpoint, parse.to_yaml(self.config))
         # Where the run stands: rollouts done, tokens trained on, and the step of the last evaluation.
         self.record: dict[str, Any] = {"rollouts": 0, "num_tokens": 0, "evaluated": None}
@@ -86,6 +87,14 @@ class TrainingRun:
             resumed_step=self.learner.step if self.started else None,
         )
 
+    def _changes(self) -> list[str]:
+        """What the config of the run that is continued said otherwise."""
+        if not self.folder.config.exists():
+            return []
+        now = parse.to_dict(self.config) | {"resume_from_checkpoint": False}
+        before = parse.load_yaml(self.folder.config) | {"resume_from_checkpoint": False}
+        return parse.changes(before, now)
+
     @property
     def started(self) -> bool:
         """Whether RL has begun: this is false until a warm start is through."""
@@ -100,6 +109,8 @@ class TrainingRun:
             Interrupted: a signal came; what was done is saved.
         """
         summary.announce(self.tracker, self.trainer, self.learner.step if self.started else None)
+        for change in self.changes:
+            self.tracker.console.warn(f"the config of this run has changed: {change}")
         try:
             with disk.explained(self.folder.path):
                 return self._execute()
@@ -111,6 +122,8 @@ class TrainingRun:
                     f"saved at step {self.learner.step}; continue with output_dir={self.config.output_dir} "
                     "resume_from_checkpoint=true"
                 )
+            else:
+                self.tracker.message("left before RL began: nothing to save; the run can be started anew the same way")
             raise
 
     def _execute(self) -> dict[str, float]:
@@ -130,7 +143,9 @@ class TrainingRun:
             self._warm_start()
         if self.learner.needs_reference:
             self.learner.keep_reference()
-            self._reference_store().save(0, self.learner.reference, {}, {})
+            store = self._reference_store()
+            store.save(0, self.learner.reference, {}, {})
+            store.wait()
         self.record["started"] = True
 
     def _boundary(self) -> None:
@@ -159,14 +174,17 @@ class TrainingRun:
         fresh_audit = audit if number == 0 else None
         several = self.config.updates_per_rollout > 1
         shared = measures.reward_metrics(rollout) | measures.length_metrics(rollout)
-        with self.phases("training", None):
+        left = self.trainer.total_steps - self.learner.step
+        with self.phases("training", min(left, self.config.updates_per_rollout), interruptible=False) as progress:
             if audit is not None:
                 self._audit(audit, rollout, samples)
             if several:
                 samples = shuffled(samples, self.config.seed, number)
             batch = self.learner.prepare(samples, score_old=several or fresh_audit is not None)
-            left = self.trainer.total_steps - self.learner.step
-            updates = list(self.learner.update(batch, left, fresh_audit))
+            updates = []
+            for update in self.learner.update(batch, left, fresh_audit):
+                updates.append(update)
+                progress(len(updates))
             self._hand_over()
         self._unaudited = False
         self.record["rollouts"] = number + 1
@@ -251,7 +269,8 @@ class TrainingRun:
     def _save(self) -> None:
         numbers = {k: v for k, v in self.last_metrics.items() if np.isfinite(v)}
         with self.phases("checkpoint"):
-            self.checkpoints.save(self.learner.step, self.learner.state, self.record, numbers)
+            record = self.record | {"window": self._window.state()}
+            self.checkpoints.save(self.learner.step, self.learner.state, record, numbers)
 
     def _finish(self) -> dict[str, float]:
         if self.trainer.eval_prompts is not None and self.record["evaluated"] != self.learner.step:
@@ -273,6 +292,7 @@ class TrainingRun:
         self.checkpoints.forget_after(restored.step)
         self.learner.state = restored.state
         self.record = restored.record
+        self._window = MetricWindow(self.record.pop("window"))
 
     def _reference_store(self) -> Checkpoints:
         return self._stack.enter_context(contextlib.closing(Checkpoints(self.folder.reference, limit=1)))
@@ -280,7 +300,9 @@ class TrainingRun:
     def _load_reference(self) -> None:
         restored = self._reference_store().restore(self.learner.state.params)
         if restored is None:
-            raise FileNotFoundError(f"{self.folder.reference}: the reference model of this run is missing")
+            raise ConfigError(
+                f"beta: {self.folder.reference} holds no reference model; a run that began without a KL cannot gain one"
+            )
         self.learner.reference = restored.state
 
     def _warm_start(self) -> None:

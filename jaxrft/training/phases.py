@@ -30,13 +30,16 @@ class Phases:
         self.console, self.timer, self._watchdog, self._check = console, timer, watchdog, check
 
     @contextlib.contextmanager
-    def __call__(self, name: str, total: int | None = None) -> Iterator[Callable[[int, int | None], None]]:
-        """Runs a phase; what it yields takes (done, total) now and then."""
+    def __call__(
+        self, name: str, total: int | None = None, interruptible: bool = True
+    ) -> Iterator[Callable[..., None]]:
+        """Runs a phase; what it yields takes (done, total) now and then, and a signal ends one that is interruptible."""
         watched = self._watchdog.phase(name) if self._watchdog else contextlib.nullcontext()
         with watched, self.timer.phase(name), self.console.phase(name, total) as bar:
 
             def progress(done: int, of: int | None = None) -> None:
                 bar.update(done, of)
-                self._check()
+                if interruptible:
+                    self._check()
 
             yield progress

@@ -12,8 +12,12 @@ _LATEST = ("epoch", "num_tokens", "learning_rate", "skipped_steps", "peak_memory
 class MetricWindow:
     """Averages what is added until it is taken; maxima and minima by name, counters by their newest value."""
 
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = {}
+    def __init__(self, state: Mapping[str, list[float]] | None = None) -> None:
+        self._values = {name: list(values) for name, values in (state or {}).items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """What has been added, to go on with after a restart."""
+        return {name: list(values) for name, values in self._values.items()}
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of one step."""

@@ -24,6 +24,7 @@ SETTINGS = {
     "eval_steps": 2,
     "save_steps": 2,
     "save_total_limit": 3,
+    "logging_steps": 3,
 }
 
 
@@ -64,7 +65,7 @@ def whole(tmp_path_factory):
 def test_interrupted_and_resumed_is_bit_equal(whole, tmp_path, calls, number):
     with pytest.raises(Interrupted):
         make_trainer(tmp_path / "run", signalling(calls, number)).train()
-    stopped_at = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    stopped_at = max(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints"))
     assert 0 < stopped_at < 6
     resumed = make_trainer(tmp_path / "run", resume_from_checkpoint=True)
     resumed.train()
@@ -135,6 +136,15 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
     with pytest.raises(ConfigError, match="already holds a run.*resume_from_checkpoint=true"):
         make_trainer(whole.folder.path).train()
     assert read_metrics(whole.folder.metrics) == before
+
+
+def test_a_changed_config_is_said(whole, tmp_path, capsys):
+    shutil.copytree(whole.folder.path, tmp_path / "run")
+    make_trainer(tmp_path / "run", resume_from_checkpoint=True, eval_steps=3).train()
+    said = capsys.readouterr().out
+    assert "the config of this run has changed: eval_steps: 2 -> 3" in said
+    assert "output_dir" in said
+    assert "seed" not in said
 
 
 def test_nothing_to_resume(tmp_path):
