@@ -66,19 +66,17 @@ class NativeEngine:
                 raise ConfigError(f"{name}: got {value!r}, takes an integer of at least 1")
         if max_length < 2:
             raise ConfigError(f"max_length: got {max_length!r}, takes at least 2: a prompt token and a drawn one")
-        graphdef, params = nnx.split(model)
-        leaves, treedef = jax.tree.flatten(params)
-        self._leaves: tuple[jax.Array, ...] | None = tuple(leaves)
-        self._treedef: Any = treedef
-        self._programs = programs_of(graphdef, self._treedef, _mesh_of(self._leaves[0]))
+        self._asleep: set[str] = set()
+        self._closed = False
+        self._graphdef, params = nnx.split(model)
+        self._treedef: Any = jax.tree.structure(params)
+        self._leaves: tuple[jax.Array, ...] | None = None
+        self.update_weights(params, version=0)
         self._vocab_size = model.spec.vocab_size
         self._tokenizer = tokenizer
         self._eos_ids = _eos_ids(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._max_slots, self._max_length = max_slots, max_length
         self._steps, self._max_prefill_tokens = decode_chunk, max_prefill_tokens
-        self._asleep: set[str] = set()
-        self._closed = False
-        self.version = 0
         self.compilations = 0
 
     def generate(
@@ -144,6 +142,7 @@ class NativeEngine:
         if treedef != self._treedef:
             raise ConfigError("params: not the state of this engine's model: pass the second result of nnx.split")
         self._leaves, self.version = tuple(leaves), version
+        self._programs = programs_of(self._graphdef, self._treedef, _mesh_of(leaves[0]))
 
     def sleep(self, level: int = 1) -> None:
         """Gives back the memory of the caches (level 1), and lets go of the weights too (level 2)."""

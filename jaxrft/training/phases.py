@@ -33,7 +33,7 @@ class Phases:
     def __call__(
         self, name: str, total: int | None = None, interruptible: bool = True
     ) -> Iterator[Callable[..., None]]:
-        """Runs a phase; what it yields takes (done, total) now and then, and a signal ends one that is interruptible."""
+        """Runs a phase; what it yields takes (done, total). A signal ends a phase that is interruptible."""
         watched = self._watchdog.phase(name) if self._watchdog else contextlib.nullcontext()
         with watched, self.timer.phase(name), self.console.phase(name, total) as bar:
 
