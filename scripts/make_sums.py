@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes a small data set of subtractions, as a stand-in for data of your own.
+"""Writes a small data set of sums, as a stand-in for data of your own.
 
     python scripts/make_sums.py OUT_DIR [--largest 99] [--held-out 0.1] [--seed 0]
 
-OUT_DIR gets train.jsonl and test.jsonl, one object a line, such as {"question": "121-87=", "solution": "34"}: what is
-taken away and what is left run from 0 to the largest number. What is held out is drawn by value: where 121-87 is in
-test.jsonl then so is 121-34, and neither is in train.jsonl. Needs nothing but Python.
+OUT_DIR gets train.jsonl and test.jsonl, one object a line, such as {"question": "34+87=", "solution": "121"}.
+What is held out is drawn by value: where 34+87 is in test.jsonl then so is 87+34, and neither is in train.jsonl.
+Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def split(largest: int, held_out: float, rng: random.Random) -> dict[str, list[t
     return splits
 
 
-def row(left: int, taken: int) -> dict[str, str]:
-    return {"question": f"{left + taken}-{taken}=", "solution": str(left)}
+def row(a: int, b: int) -> dict[str, str]:
+    return {"question": f"{a}+{b}=", "solution": str(a + b)}
 
 
 if __name__ == "__main__":

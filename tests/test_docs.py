@@ -44,8 +44,7 @@ def test_configs(text, tmp_path):
 
 def test_the_second_config_is_the_first_on_other_data():
     first, second = (parse([str(ROOT / "configs" / f"{name}.yaml")]) for name in ("quickstart", "jsonl"))
-    model = dataclasses.replace(second.model, tokenizer=first.model.tokenizer)
-    assert dataclasses.replace(second, output_dir=first.output_dir, data=first.data, model=model) == first
+    assert dataclasses.replace(second, output_dir=first.output_dir, data=first.data) == first
 
 
 def test_sums_are_held_out_by_value(tmp_path, monkeypatch):
@@ -55,9 +54,9 @@ def test_sums_are_held_out_by_value(tmp_path, monkeypatch):
     for name in ("train", "test"):
         for line in (tmp_path / "sums" / f"{name}.jsonl").read_text().splitlines():
             row = json.loads(line)
-            whole, taken = map(int, re.fullmatch(r"(\d+)-(\d+)=", row["question"]).groups())
-            assert row["solution"] == str(whole - taken)
-            assert seen.setdefault(frozenset((whole - taken, taken)), name) == name
+            a, b = map(int, re.fullmatch(r"(\d+)\+(\d+)=", row["question"]).groups())
+            assert row["solution"] == str(a + b)
+            assert seen.setdefault(frozenset((a, b)), name) == name
             count += 1
     assert count == 31 * 31
     assert list(seen.values()).count("test") == round(0.2 * 31 * 32 / 2)

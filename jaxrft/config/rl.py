@@ -79,7 +79,9 @@ class RLConfig(Section):
     num_generations: int = option(8, "Completions of a prompt: the size of a group.", minimum=1)
     max_prompt_length: int = option(512, "Tokens a prompt has at most (see data.overlong_prompts).", minimum=1)
     max_completion_length: int = option(256, "Tokens a completion has at most.", minimum=1)
-    temperature: float = option(1.0, "Sampling temperature; log-probabilities are of the same temperature.", above=0)
+    temperature: float = option(
+        1.0, "Sampling temperature; log-probabilities are of the same temperature.", minimum=1e-3
+    )
     top_p: float = option(1.0, "Sample from the smallest set of tokens with this probability.", above=0, maximum=1)
     top_k: int = option(0, "Sample from the k most probable tokens; 0: from all.", minimum=0)
     min_p: float = option(

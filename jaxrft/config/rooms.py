@@ -101,7 +101,7 @@ class RolloutConfig(Section):
         factory=list, help="Tokens that end a completion beside the tokenizer's end-of-sequence token."
     )
     first_token_temperature: float | None = option(
-        None, "Temperature of a completion's first token (FIRE sampling). None: temperature.", above=0
+        None, "Temperature of a completion's first token (FIRE sampling). None: temperature.", minimum=1e-3
     )
 
 

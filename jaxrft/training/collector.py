@@ -11,7 +11,7 @@ from jaxrft import algorithms as alg
 from jaxrft.data.records import Prompt
 from jaxrft.rewards.combine import RewardSet
 from jaxrft.rollout.engine import Engine
-from jaxrft.rollout.records import SamplingParams
+from jaxrft.rollout.records import Completion, SamplingParams
 from jaxrft.training.phases import Phases
 from jaxrft.training.rollouts import RolloutBatch, completion_texts, group_advantages, make_requests
 
@@ -27,6 +27,21 @@ class Collector:
 
     def __init__(self, engine: Engine, tokenizer: Any, rewards: RewardSet):
         self.engine, self.tokenizer, self.rewards = engine, tokenizer, rewards
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        sampling: SamplingParams,
+        first_seed: int,
+        phases: Phases,
+        phase: str,
+    ) -> tuple[list[Completion], list[str]]:
+        """Completions of prompts, and their texts; arguments as in :meth:`collect`."""
+        requests = make_requests(prompts, group, first_seed)
+        with phases(phase, len(requests) * group) as progress:
+            completions = self.engine.generate(requests, sampling, on_progress=progress)
+        return completions, completion_texts(self.tokenizer, completions)
 
     def collect(
         self,
@@ -49,10 +64,7 @@ class Collector:
             estimator: makes advantages of the rewards; None leaves them 0.
             phase: one name for the whole, in place of ``rollout`` and ``rewards``.
         """
-        requests = make_requests(prompts, group, first_seed)
-        with phases(phase or "rollout", len(requests) * group) as progress:
-            completions = self.engine.generate(requests, sampling, on_progress=progress)
-        texts = completion_texts(self.tokenizer, completions)
+        completions, texts = self.complete(prompts, group, sampling, first_seed, phases, phase or "rollout")
         with phases(phase or "rewards", len(texts)):
             answered = [p for p in prompts for _ in range(group)]
             scores = self.rewards.score(answered, texts, [c.token_ids for c in completions])

@@ -44,6 +44,8 @@ class TrainingRun:
         # Where the run stands: rollouts done, tokens trained on, and the step of the last evaluation.
         self.record: dict[str, Any] = {"rollouts": 0, "num_tokens": 0, "evaluated": None}
         self.last_metrics: dict[str, float] = {}
+        # What was measured at the present step, for choosing the best checkpoint.
+        self._present: tuple[int, dict[str, float]] = (-1, {})
         self._stack = contextlib.ExitStack()
         self._unaudited = self.config.audit.enabled
         self._window = MetricWindow()
@@ -131,7 +133,7 @@ class TrainingRun:
             self._begin()
         elif self.learner.needs_reference:
             self._load_reference()
-        self._hand_over()
+        self.trainer.hand_over()
         while self.learner.step < self.trainer.total_steps:
             self._boundary()
             self._iterate()
@@ -170,7 +172,7 @@ class TrainingRun:
         self.interrupts.check()
         samples = make_samples(rollout, self.config.mask_truncated_completions)
         tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in samples)
-        audit = Audit(self.config.audit, self.config.model.dtype) if self._unaudited else None
+        audit = Audit(self.config.audit, np.dtype(self.trainer.model.dtype).name) if self._unaudited else None
         fresh_audit = audit if number == 0 else None
         several = self.config.updates_per_rollout > 1
         shared = measures.reward_metrics(rollout) | measures.length_metrics(rollout)
@@ -185,7 +187,7 @@ class TrainingRun:
             for update in self.learner.update(batch, left, fresh_audit):
                 updates.append(update)
                 progress(len(updates))
-            self._hand_over()
+            self.trainer.hand_over()
         self._unaudited = False
         self.record["rollouts"] = number + 1
         self.record["num_tokens"] += tokens
@@ -201,11 +203,6 @@ class TrainingRun:
             self.phases,
             self.trainer.recipe.advantage,
         )
-
-    def _hand_over(self) -> None:
-        """Gives the engine and the module the arrays that now hold the policy."""
-        self.learner.publish()
-        self.trainer.engine.update_weights(self.learner.state.params, self.learner.step)
 
     def _audit(self, audit: Audit, rollout: RolloutBatch, samples: list[Any]) -> None:
         audit.check_texts(
@@ -242,8 +239,7 @@ class TrainingRun:
         for number, update in enumerate(updates, start=first + 1):
             self._window.add(shared | update)
             if number % self.config.logging_steps == 0 or number == self.trainer.total_steps:
-                self.last_metrics = self._window.take()
-                self.tracker.log(number, self.last_metrics)
+                self._log(number, self._window.take())
         if self.config.log_completions:
             self.tracker.log_completions(self.learner.step, measures.completion_rows(rollout))
         if self.config.num_completions_to_print:
@@ -261,13 +257,19 @@ class TrainingRun:
         self._answers = self.trainer.answer_held_out(self.phases)
         metrics = measures.evaluation_metrics(self._answers) | self.timer.take() | self.compiles.take()
         self.record["evaluated"] = self.learner.step
-        self.last_metrics |= metrics
-        self.tracker.log(self.learner.step, metrics)
+        self._log(self.learner.step, metrics)
         if self.config.metric_for_best_model is not None:
             self._save()
 
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracker.log(step, metrics)
+        self.last_metrics |= metrics
+        at, known = self._present
+        self._present = (step, (known if at == step else {}) | metrics)
+
     def _save(self) -> None:
-        numbers = {k: v for k, v in self.last_metrics.items() if np.isfinite(v)}
+        at, known = self._present
+        numbers = {k: v for k, v in known.items() if np.isfinite(v)} if at == self.learner.step else {}
         with self.phases("checkpoint"):
             record = self.record | {"window": self._window.state()}
             self.checkpoints.save(self.learner.step, self.learner.state, record, numbers)
@@ -307,7 +309,5 @@ class TrainingRun:
 
     def _warm_start(self) -> None:
         """The supervised stage; interrupted, it starts anew."""
-        params = SupervisedStage(self.trainer, self.phases, self.tracker, self.interrupts.check).run()
+        SupervisedStage(self.trainer, self.phases, self.tracker, self.interrupts.check).run()
         self.timer.take()
-        self.learner.reset(params)
-        self._hand_over()

@@ -31,7 +31,7 @@ def reward_metrics(rollout: RolloutBatch) -> dict[str, float]:
     for name, values in rollout.scores.components.items():
         valid_values = values[~np.isnan(values)]
         metrics[f"rewards/{name}/mean"] = nanmean(values)
-        metrics[f"rewards/{name}/std"] = float(valid_values.std()) if valid_values.size else float("nan")
+        metrics[f"rewards/{name}/std"] = float(valid_values.std(ddof=1)) if valid_values.size > 1 else float("nan")
     return metrics
 
 

@@ -15,6 +15,8 @@ from jaxrft.rewards.records import Scores
 from jaxrft.rollout.records import Completion, Request, SamplingParams
 from jaxrft.training.batch import Sample
 
+_EVALUATION_SEED_OFFSET = 1_000_003
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
@@ -76,6 +78,8 @@ def evaluation_sampling(config: RLConfig) -> SamplingParams:
         top_k=0,
         min_p=0.0,
         first_token_temperature=None,
+        # Not the stream that training's first rollout is drawn from.
+        seed=config.seed + _EVALUATION_SEED_OFFSET,
     )
 
 

@@ -31,7 +31,7 @@ class TrainState:
         params: the model's parameters, as ``nnx.split`` gives them.
         opt_state: the optimizer's.
         step: optimizer steps made, skipped ones included.
-        skipped: steps that changed nothing because a gradient was not finite.
+        skipped: steps that changed nothing, because a gradient was not finite or no token was to be trained.
     """
 
     params: Any
@@ -82,9 +82,10 @@ def make_train_step(
         whole = alg.totals(batch.mask)
         gradients, stats = _accumulate(loss, state.params, batch, whole)
         norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(stats["loss"])
+        # Without a token to train on, momentum and weight decay would still move the parameters.
+        sound = jnp.isfinite(norm) & jnp.isfinite(stats["loss"]) & (whole.tokens > 0)
         deviations = jnp.stack([stats["ratio/deviation_mean"], stats["ratio/deviation_max"]])
-        healthy = finite & jnp.all(deviations <= ratio_bounds)
+        healthy = sound & jnp.all(deviations <= ratio_bounds)
         rate = schedule(state.step)
         directions, opt_state = optimizer.update(
             clip_by_norm(gradients, norm, max_grad_norm), state.opt_state, state.params
@@ -93,7 +94,7 @@ def make_train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(healthy, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        skipped = state.skipped + (~finite).astype(jnp.int32)
+        skipped = state.skipped + (~sound).astype(jnp.int32)
         stats |= {"grad_norm": norm, "learning_rate": rate, "skipped_steps": skipped}
         return TrainState(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped), stats
 

@@ -30,7 +30,7 @@ class RLTrainer:
 
     Args:
         model: a folder, a hub name, or a module (which then needs ``tokenizer``). A module's parameters are
-            trained in place: it holds the trained ones at the end.
+            trained in place: it holds the trained ones at the end, and one trainer at a time may have it.
         config: all settings.
         reward_funcs: one or several functions ``(prompts, completions, **columns) -> list[float | None]``.
         train_dataset: rows with a column ``prompt``: a ``datasets.Dataset``, a list of dicts, or a path.
@@ -86,7 +86,7 @@ class RLTrainer:
             with TrainingRun(self) as run:
                 return run.execute()
         finally:
-            self.learner.publish()
+            self.hand_over()
 
     def evaluate(self) -> dict[str, float]:
         """Answers every held-out prompt once (``num_generations_eval`` times) and scores the answers.
@@ -119,6 +119,11 @@ class RLTrainer:
         models.save(self.model, target, tokenizer=self.tokenizer)
         return target
 
+    def hand_over(self) -> None:
+        """Gives the engine and the module the arrays that now hold the policy: those they had were donated."""
+        self.learner.publish()
+        self.engine.update_weights(self.learner.state.params, self.learner.step)
+
     def close(self) -> None:
         """Ends the engine and what the rewards keep running; the trainer cannot be used after."""
         self.rewards.close()
@@ -129,7 +134,8 @@ class RLTrainer:
         """Optimizer steps of the whole run."""
         if self.config.max_steps > 0 or self.order is None:
             return max(self.config.max_steps, 1)
-        rollouts = math.ceil(self.config.num_train_epochs * self.order.rollouts_per_epoch)
+        # Rounded first: 0.07 epochs of 100 rollouts are 7, not the 7.000000000000001 of binary fractions.
+        rollouts = math.ceil(round(self.config.num_train_epochs * self.order.rollouts_per_epoch, 9))
         return rollouts * self.config.updates_per_rollout
 
     def _make_order(self) -> PromptOrder | None:

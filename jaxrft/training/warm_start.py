@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,24 @@ from jaxrft.training.batch import Sample, TrainBatch, make_batch
 from jaxrft.training.forward import response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
 from jaxrft.training.phases import Phases
+from jaxrft.training.rollouts import evaluation_sampling
 
 if TYPE_CHECKING:
     from jaxrft.training.trainer import RLTrainer
+
+
+def answer_of(prompt: Prompt, column: str) -> str:
+    """The text to learn.
+
+    Raises:
+        ConfigError: the prompt has none.
+    """
+    if column not in prompt.columns:
+        raise ConfigError(
+            f"warm_start.answer_column: the data has no column {column!r}, "
+            f"takes one of {', '.join(sorted(prompt.columns)) or 'none but prompt'}"
+        )
+    return str(prompt.columns[column])
 
 
 def supervised_samples(prompts: Sequence[Prompt], column: str, tokenizer: Any) -> list[Sample]:
@@ -36,13 +52,8 @@ def supervised_samples(prompts: Sequence[Prompt], column: str, tokenizer: Any) -
     """
     samples = []
     for prompt in prompts:
-        if column not in prompt.columns:
-            raise ConfigError(
-                f"warm_start.answer_column: the data has no column {column!r}, "
-                f"takes one of {', '.join(sorted(prompt.columns)) or 'none but prompt'}"
-            )
-        answer = encode_text(tokenizer, str(prompt.columns[column]), f"warm_start: the answer of row {prompt.index}")
-        response = [*answer, tokenizer.eos_token_id]
+        what = f"warm_start: the answer of row {prompt.index}"
+        response = [*encode_text(tokenizer, answer_of(prompt, column), what), tokenizer.eos_token_id]
         samples.append(
             Sample(prompt_ids=prompt.token_ids, response_ids=response, logprobs=np.zeros(len(response)), advantage=0.0)
         )
@@ -62,9 +73,11 @@ class SupervisedStage:
     def __init__(self, trainer: RLTrainer, phases: Phases, tracker: Tracker, check: Callable[[], None]):
         self.trainer, self.phases, self.tracker, self.check = trainer, phases, tracker, check
         self.config, self.settings = trainer.config, trainer.config.warm_start
+        held_out = trainer.eval_prompts.prompts if trainer.eval_prompts else []
+        self.answers = [answer_of(prompt, self.settings.answer_column) for prompt in held_out]
 
-    def run(self) -> Any:
-        """Returns the trained parameters."""
+    def run(self) -> None:
+        """Leaves the learner with the trained parameters, also where it ends early."""
         assert self.trainer.train_prompts is not None
         settings, learner = self.settings, self.trainer.learner
         samples = supervised_samples(self.trainer.train_prompts.prompts, settings.answer_column, self.trainer.tokenizer)
@@ -76,13 +89,16 @@ class SupervisedStage:
         opt_state = optimizer.init(params)
         longest = max(samples, key=lambda s: len(s.prompt_ids) + len(s.response_ids))
         self._look(params, 0, {})
-        for step in range(1, settings.max_steps + 1):
-            batch = _one_shape([samples[i] for i in order.indices(step - 1)], longest)
-            params, opt_state, loss = step_fn(params, opt_state, batch, step)
-            looks = step % settings.eval_steps == 0 or step == settings.max_steps
-            if looks and self._look(params, step, {"loss": float(loss)}) >= settings.target_accuracy:
-                break
-        return params
+        try:
+            for step in range(1, settings.max_steps + 1):
+                batch = _one_shape([samples[i] for i in order.indices(step - 1)], longest)
+                params, opt_state, loss = step_fn(params, opt_state, batch, step)
+                looks = step % settings.eval_steps == 0 or step == settings.max_steps
+                if looks and self._look(params, step, {"loss": float(loss)}) >= settings.target_accuracy:
+                    break
+        finally:
+            learner.reset(params)
+            self.trainer.hand_over()
 
     def _look(self, params: Any, step: int, metrics: dict[str, float]) -> float:
         """Reports greedy accuracy on the held-out prompts; 0 without any."""
@@ -90,10 +106,10 @@ class SupervisedStage:
         accuracy = 0.0
         if self.trainer.eval_prompts is not None:
             self.trainer.engine.update_weights(params, -1)
-            answers = self.trainer.answer_held_out(self.phases)
-            column = self.settings.answer_column
-            right = [text == str(answers.prompt_of(i).columns[column]) for i, text in enumerate(answers.texts)]
-            accuracy = float(np.mean(right))
+            prompts = self.trainer.eval_prompts.prompts
+            sampling = dataclasses.replace(evaluation_sampling(self.config), temperature=0.0)
+            _, texts = self.trainer.collector.complete(prompts, 1, sampling, 0, self.phases, "evaluation")
+            accuracy = float(np.mean([text == answer for text, answer in zip(texts, self.answers)]))
             metrics = metrics | {"eval/accuracy": accuracy}
         self.tracker.log(step, {"stage": "warm_start", "steps": self.settings.max_steps, **metrics})
         return accuracy

@@ -13,7 +13,9 @@ from tests.training.tiny import ROWS, digits, tiny_config
 
 
 def make_trainer(folder, **changes):
-    return RLTrainer(config=tiny_config(folder / "run", **changes), reward_funcs=digits, train_dataset=ROWS)
+    return RLTrainer(
+        config=tiny_config(folder / "run", **changes), reward_funcs=digits, train_dataset=ROWS, eval_dataset=ROWS[:2]
+    )
 
 
 def expect_stop(trainer, cause):
@@ -24,6 +26,7 @@ def expect_stop(trainer, cause):
     assert all(np.array_equal(a, b) for a, b in zip(before, after)), "parameters changed"
     assert "Likely causes" in str(caught.value)
     assert not list(trainer.folder.path.glob("final/*"))
+    assert trainer.evaluate(), "the trainer can still be used"
 
 
 def test_a_sound_run_passes(tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxrft import RLTrainer
-from jaxrft.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, RewardsConfig, RLConfig
+from jaxrft.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, RewardsConfig, RLConfig, WarmStartConfig
 from jaxrft.rewards import RewardError
 from tests.training.tiny import MODEL, ROWS, SCRATCH, digits, tiny_config
 
@@ -55,6 +55,13 @@ def test_reward_needs_a_column(tmp_path):
     config = tiny_config(tmp_path / "run", rewards=RewardsConfig(functions=["exact_match"]))
     rows = [{"prompt": row["prompt"]} for row in ROWS]
     refuse("exact_match.*answer", config, train_dataset=rows, reward_funcs=None)
+
+
+def test_warm_start_without_answers(tmp_path):
+    config = tiny_config(tmp_path / "run", warm_start=WarmStartConfig(max_steps=5))
+    refuse("warm_start.answer_column", config, train_dataset=[{"prompt": row["prompt"]} for row in ROWS])
+    config = tiny_config(tmp_path / "other", warm_start=WarmStartConfig(max_steps=5))
+    refuse("warm_start.answer_column", config, eval_dataset=[{"prompt": row["prompt"]} for row in ROWS])
 
 
 @pytest.mark.parametrize("rows", [[], "empty.jsonl"])

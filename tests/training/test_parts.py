@@ -87,6 +87,7 @@ def test_length_of_a_run(tmp_path):
     assert steps(num_train_epochs=1.5) == 15
     assert steps(num_train_epochs=2, num_iterations=2) == 40
     assert steps(max_steps=7, num_train_epochs=2) == 7
+    assert steps(num_train_epochs=0.7) == 7, "0.7 * 10 is more than 7 in binary fractions"
 
 
 def test_order_of_the_data(tmp_path):

@@ -131,6 +131,20 @@ def test_best_checkpoint_is_kept(tmp_path):
     assert sorted(os.listdir(smaller.folder.checkpoints)) == ["6"]
 
 
+def test_the_best_is_chosen_by_its_own_step(tmp_path):
+    """An evaluation counts for the checkpoint of its step alone, however rarely metrics are logged."""
+    heights = iter([0.1, 0.9, 0.2, 0.3])
+
+    def peaked(prompts, completions, **_):
+        held_out = prompts[0] == ROWS[-4]["prompt"]
+        return [next(heights)] * len(completions) if held_out else digits(completions)
+
+    settings = {"metric_for_best_model": "eval/reward", "save_total_limit": 1, "save_steps": 1, "logging_steps": 8}
+    trainer = make_trainer(tmp_path / "run", peaked, **settings)
+    trainer.train()
+    assert sorted(os.listdir(trainer.folder.checkpoints)) == ["2", "6"]
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
     before = json.loads(json.dumps(read_metrics(whole.folder.metrics)))
     with pytest.raises(ConfigError, match="already holds a run.*resume_from_checkpoint=true"):
