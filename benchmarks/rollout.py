@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -42,7 +43,12 @@ def main() -> None:
                 shape = {"concurrency": concurrency, "prompt_length": prompt_length, "response_length": response_length}
                 cases.append(shape | run_case(arguments, model, vocab_size, peer, **shape))
                 print(json.dumps(cases[-1]), flush=True)
-    report = {"command": " ".join(sys.argv), **environment(), "options": vars(arguments), "cases": cases}
+    report = {
+        "command": shlex.join(["python", "benchmarks/rollout.py", *sys.argv[1:]]),
+        **environment(),
+        "options": vars(arguments),
+        "cases": cases,
+    }
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=2)

@@ -95,6 +95,13 @@ def test_stop_token_ids_and_ignore_eos(model) -> None:
     assert any(EOS in whole.token_ids for whole in free)
 
 
+def test_the_first_stop_is_right_after_min_tokens(model) -> None:
+    sampling = dataclasses.replace(SAMPLING, stop_token_ids=(8, 12))
+    completions = generate(model, [Request(prompt_ids=[2, 5], n=64)], sampling)
+    stopped = [len(completion.token_ids) for completion in completions if completion.finish_reason == "stop"]
+    assert min(stopped) == SAMPLING.min_tokens + 1
+
+
 def test_generates_from_the_weights_after_a_donated_step(model) -> None:
     graphdef, params = nnx.split(random_model(7))
     requests = random_requests(4)
@@ -135,3 +142,28 @@ def test_programs_stay_few() -> None:
         assert names.count("place") <= 2
         engine.generate(requests, dataclasses.replace(sampling, seed=100, temperature=0.3))
         assert engine.compilations == count
+
+
+def test_slots_are_shared_out_over_replicas(run_python) -> None:
+    """Two devices with a copy of the weights each: the same completions, and no program is compiled twice."""
+    done = run_python(
+        """
+        import jax
+        from flax import nnx
+        from jaxrft.parallel import make_mesh, replicated
+        from jaxrft.rollout import NativeEngine, SamplingParams
+        from tests.rollout.tiny import random_model, random_requests, tokens_of
+
+        jax.config.update("jax_log_compiles", True)
+        requests, sampling = random_requests(5), SamplingParams(max_tokens=6, seed=1)
+        graphdef, params = nnx.split(random_model())
+        with NativeEngine(nnx.merge(graphdef, params), max_slots=4, max_length=18) as engine:
+            expected = engine.generate(requests, sampling)
+            engine.update_weights(jax.device_put(params, replicated(make_mesh(2))), version=1)
+            completions = engine.generate(requests, sampling)
+        assert tokens_of(completions) == tokens_of(expected)
+        """.replace("\n        ", "\n"),
+        devices=2,
+    )
+    for program in ("_decode_impl", "place"):
+        assert done.stderr.count(f"Finished XLA compilation of jit({program})") == 2  # once for each number of devices

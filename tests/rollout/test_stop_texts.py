@@ -86,3 +86,13 @@ def test_any_split_into_chunks_finds_the_same_end() -> None:
         assert end == expected
         found += end is not None
     assert 100 < found < 300
+
+
+def test_tokens_without_text_do_not_hide_a_stop_text() -> None:
+    def decode(tokens: Sequence[int]) -> str:
+        return "".join("ab"[token] if token < 2 else "" for token in tokens)
+
+    tokens = [0, *[2] * 50, 1, *[2] * 30, 1]
+    assert stop_text_end(decode, tokens, 60, ["abb"]) == len(tokens)
+    assert stop_text_end(decode, tokens, 51, ["ab"]) == 52
+    assert stop_text_end(decode, tokens, 52, ["ab"]) is None
