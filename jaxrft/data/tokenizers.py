@@ -90,7 +90,11 @@ def _pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ConfigError(f"model.tokenizer: no folder {folder.absolute()}")
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if local else source)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if local else source)
+        # Of a folder with a config.json and no tokenizer, transformers makes an empty one.
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+            raise ValueError("it would have no tokens")
+        return tokenizer
     except Exception as error:
         place = f"the folder {folder.absolute()} holds none" if local else "no such folder here, and the hub gave none"
         raise ConfigError(f"model.tokenizer: got {source!r}: {place} ({first_line(error)})") from error

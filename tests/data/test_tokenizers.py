@@ -82,6 +82,13 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_folder_without_a_tokenizer_is_named(tmp_path):
+    """transformers would make an empty one of the config.json alone."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 20}')
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: .*holds none"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_the_room_needs_neither_jax_nor_advice_about_torch(run_python):
     code = """
 import sys

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxrft.rollout import NativeEngine, Request, SamplingParams
-from jaxrft.rollout.programs import Programs, programs_of
+from jaxrft.rollout.programs import Programs
 from tests.rollout.tiny import EOS, SPEC, random_model, random_requests, tokens_of
 
 SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=18, seed=4, min_tokens=2)
@@ -123,15 +123,13 @@ def test_generates_from_the_weights_after_a_donated_step(model) -> None:
 def test_programs_stay_few() -> None:
     """The count is honest, ragged loads stay within the buckets, and what was seen before compiles nothing."""
     model = random_model(spec=dataclasses.replace(SPEC, num_layers=1, intermediate_size=8))  # no other test's programs
-    graphdef, params = nnx.split(model)
-    programs = programs_of(graphdef, jax.tree.structure(params))
     rng = np.random.default_rng(0)
     with NativeEngine(model, max_slots=2, max_length=24) as engine:
         for seed in range(12):
             requests = random_requests(int(rng.integers(1, 6)), seed=seed, longest=20, largest=3)
             sampling = SamplingParams(max_tokens=int(rng.integers(1, 12)), seed=seed)
             engine.generate(requests, sampling)
-        count = engine.compilations
+        programs, count = engine._programs, engine.compilations
         assert count == len(programs.compiled)
         names = [key[0] for key in programs.compiled]
         assert names.count("decode") == programs._decode._cache_size()
