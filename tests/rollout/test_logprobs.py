@@ -14,7 +14,7 @@ from tests.rollout.tiny import EOS, forward_logprobs, prompts_of, random_model, 
     ("options", "temperatures"),
     [
         # Up to 60 new tokens cross the buckets of 16, 24, 32, 48 and 64.
-        ({"temperature": 1.0, "max_tokens": 60}, 1.0),
+        ({"temperature": 1.0, "max_tokens": 60, "ignore_eos": True}, 1.0),
         ({"temperature": 0.7, "top_k": 4, "top_p": 0.8, "min_tokens": 5}, 0.7),
         ({"temperature": 0.7, "first_token_temperature": 3.0}, (3.0, 0.7)),
         ({"temperature": 0.0}, 1.0),
@@ -33,8 +33,9 @@ def test_equal_the_trainers_forward(model, options, temperatures) -> None:
     ):
         assert completion.logprobs.dtype == completion.sampled_logprobs.dtype == np.float32
         np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-4)
-        assert completion.finish_reason == ("stop" if completion.token_ids[-1] == EOS else "length")
-        assert EOS not in completion.token_ids[:-1]
+        if not sampling.ignore_eos:
+            assert completion.finish_reason == ("stop" if completion.token_ids[-1] == EOS else "length")
+            assert EOS not in completion.token_ids[:-1]
         if sampling.temperature == 1.0:
             np.testing.assert_array_equal(completion.sampled_logprobs, completion.logprobs)
         if sampling.temperature == 0.0:

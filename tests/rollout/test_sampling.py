@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import stats
 
 from jaxrft.rollout import NativeEngine, Request, SamplingParams
@@ -19,6 +20,7 @@ DRAWS = 8192
 STOPS = (2, 9, 11)
 PROMPT = [4, 1, 7]
 truncate = jax.jit(truncate_eagerly)
+forward = nnx.jit(lambda model, tokens: model(tokens))
 
 OPTIONS = {
     "temperature": {"temperature": 0.6},
@@ -68,7 +70,7 @@ def p_value(counts: np.ndarray, distribution: np.ndarray) -> float:
 
 
 def next_logits(model, tokens: list[int]) -> np.ndarray:
-    return np.asarray(model(jnp.asarray([tokens])))[0, -1]
+    return np.asarray(forward(model, jnp.asarray([tokens])))[0, -1]
 
 
 def counts_of(tokens) -> np.ndarray:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxrft.models import Decoder, DecoderSpec, token_logprobs
 from jaxrft.rollout import Completion, Request
+from jaxrft.rollout.scheduler import power_of_two
 
 VOCAB = 17
 EOS = 3
@@ -18,7 +19,7 @@ SPEC = DecoderSpec(
     vocab_size=VOCAB,
     hidden_size=16,
     intermediate_size=24,
-    num_layers=1,
+    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
@@ -28,14 +29,19 @@ SPEC = DecoderSpec(
 )
 
 
+jitted_logprobs = nnx.jit(token_logprobs)
+
+
 def random_model(seed: int = 0, spec: DecoderSpec = SPEC, dtype=jnp.float32) -> Decoder:
     """Weights far larger than at a usual start, so that tokens differ in probability and depend on the context."""
-    model = Decoder(spec, dtype=dtype, rngs=nnx.Rngs(seed))
-    graphdef, params = nnx.split(model)
-    leaves, treedef = jax.tree.flatten(params)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
-    leaves = [x + jnp.asarray(0.4 * rng.standard_normal(x.shape), x.dtype) for x in leaves]
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+    def value(path, x):
+        center = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(center + 0.4 * rng.standard_normal(x.shape), x.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, params))
 
 
 def random_requests(count: int, *, seed: int = 0, longest: int = 12, largest: int = 4) -> list[Request]:
@@ -61,12 +67,14 @@ def forward_logprobs(model, prompts, completions: Sequence[Completion], temperat
     of the first token's and the others'."""
     first, other = temperatures if isinstance(temperatures, tuple) else (temperatures, temperatures)
     rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, completions)]
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    by_token = np.full((len(rows), tokens.shape[1] - 1), other, np.float32)
+    # Few shapes, so that few programs are compiled.
+    tokens = np.zeros((power_of_two(len(rows)), power_of_two(max(map(len, rows)))), np.int32)
+    lengths = np.array([*map(len, rows), *[1] * (len(tokens) - len(rows))], np.int32)
+    by_token = np.full((len(tokens), tokens.shape[1] - 1), other, np.float32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         by_token[i, len(prompts[i]) - 1] = first
-    logprobs = np.asarray(token_logprobs(model, tokens, np.array([len(row) for row in rows]), by_token)[0])
+    logprobs = np.asarray(jitted_logprobs(model, tokens, lengths, by_token)[0])
     return [logprobs[i, len(prompts[i]) - 1 : len(row) - 1] for i, row in enumerate(rows)]
 
 
