@@ -145,7 +145,10 @@ class NativeEngine:
         self._programs = programs_of(self._graphdef, self._treedef, _mesh_of(leaves[0]))
 
     def sleep(self, level: int = 1) -> None:
-        """Gives back the memory of the caches (level 1), and lets go of the weights too (level 2)."""
+        """Generates nothing until :meth:`wake`; at level 2 it also lets go of the weights.
+
+        Caches live within :meth:`generate` alone, so that level 1 has no memory to give back.
+        """
         self._refuse_closed()
         if level not in (1, 2):
             raise ConfigError(f"level: got {level!r}, takes 1 (caches) or 2 (caches and weights)")
