@@ -328,11 +328,16 @@ def test_a_sample_that_is_not_trained_contributes_nothing(prompt, response):
         assert stats[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
-def test_a_batch_without_trained_samples_is_finite():
+def test_a_batch_without_trained_samples_changes_nothing():
+    """Not even by momentum and weight decay; the step is counted as skipped."""
     learner = make_learner(rows=8)
+    update(learner, make_samples(8))
+    before = host((learner.state.params, learner.state.opt_state))
     (stats,) = update(learner, [dataclasses.replace(s, trained=False) for s in make_samples(8)])
     assert all(map(math.isfinite, stats.values()))
-    assert stats["grad_norm"] == stats["loss"] == stats["skipped_steps"] == 0
+    assert stats["grad_norm"] == stats["loss"] == 0
+    assert stats["skipped_steps"] == 1
+    assert bit_equal(before, (learner.state.params, learner.state.opt_state))
 
 
 def test_the_samplers_log_probabilities_are_compared_and_change_nothing():
