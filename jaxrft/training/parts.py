@@ -39,7 +39,10 @@ def build_model(config: RLConfig, model: str | Path | Decoder | None, tokenizer:
 def _make_model(config: RLConfig, model: str | Path | None, tokenizer: Any, mesh: Any) -> Decoder:
     source = model if model is not None else config.model.path
     if source is not None:
-        return models.load(str(source), dtype=config.model.dtype, mesh=mesh)
+        try:
+            return models.load(str(source), dtype=config.model.dtype, mesh=mesh)
+        except ConfigError as error:
+            raise ConfigError(f"model.path: {error}") from error
     if config.model.scratch is None:
         raise ConfigError("model.path: got None; name a folder or hub model, or describe one in model.scratch")
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

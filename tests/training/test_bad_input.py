@@ -20,7 +20,7 @@ def refuse(message, config, **parts):
 
 def test_no_model_folder(tmp_path):
     config = tiny_config(tmp_path / "run", model=ModelConfig(path=str(tmp_path / "nothing"), tokenizer=MODEL.tokenizer))
-    refuse("nothing", config)
+    refuse("model.path: .*nothing", config)
     assert not (tmp_path / "run").exists()
 
 
