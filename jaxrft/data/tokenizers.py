@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHARACTERS = "characters:"
+# What transformers calls a tokenizer that is its tokenizer.json alone, in its versions 4 and 5.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # For a tokenizer of characters: what the messages say, one after the other.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -83,14 +86,17 @@ def _import_transformers() -> None:
 
 
 def _pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(source).expanduser()
     local = folder.is_dir()
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ConfigError(f"model.tokenizer: no folder {folder.absolute()}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if local else source)
+        # Told a model's type, AutoTokenizer takes that family's class, with special tokens of its own, even for a
+        # folder that says it is none of them.
+        loader = PreTrainedTokenizerFast if local and _is_plain(folder) else AutoTokenizer
+        tokenizer = loader.from_pretrained(str(folder) if local else source)
         # Of a folder with a config.json and no tokenizer, transformers makes an empty one.
         if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
             raise ValueError("it would have no tokens")
@@ -98,6 +104,14 @@ def _pretrained_tokenizer(source: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         place = f"the folder {folder.absolute()} holds none" if local else "no such folder here, and the hub gave none"
         raise ConfigError(f"model.tokenizer: got {source!r}: {place} ({first_line(error)})") from error
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a folder says that its tokenizer is what its tokenizer.json holds, and nothing more."""
+    config = folder / "tokenizer_config.json"
+    if not (config.is_file() and (folder / "tokenizer.json").is_file()):
+        return False
+    return json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in _PLAIN_CLASSES
 
 
 def _character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:

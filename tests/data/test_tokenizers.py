@@ -1,5 +1,7 @@
 """Tokenizers: characters round trip, save and load, chat templates, errors."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +44,17 @@ def test_a_saved_tokenizer_is_the_same(characters, tmp_path):
     assert loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == "1+2="
     with pytest.raises(ConfigError, match="no token for 'z'"):
         encode_text(loaded, "1z", "answer")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
+def test_a_saved_tokenizer_is_the_same_beside_a_model(characters, tmp_path, family):
+    """A folder with a model's config: the family's own tokenizer class would add special tokens of its own."""
+    characters.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.get_vocab() == characters.get_vocab()
+    assert loaded.all_special_tokens == characters.all_special_tokens
+    assert loaded("12+3=")["input_ids"] == characters("12+3=")["input_ids"]
 
 
 def test_text_outside_the_alphabet_is_refused_by_name(characters):
