@@ -123,6 +123,9 @@ whole mappings (`'model.scratch={model_type: qwen2, hidden_size: 64}'`) can be g
 by its name (`rewards.arguments.length.target=100`). `--print-config` shows the result without running it, and every
 run writes it to `config.yaml` in its folder, from which it can be repeated.
 
+A file can build on another: `base: quickstart.yaml` at its top takes every field of that file, looked for beside it,
+and the fields that stand below change it, entry by entry in sections and mappings.
+
 A key that does not exist is refused with the nearest one that does, a value that a field does not take with what it
 takes, and values that cannot go together before anything is loaded.
 

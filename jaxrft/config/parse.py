@@ -21,7 +21,8 @@ def parse(arguments: Sequence[str]) -> RLConfig:
     """The config of a command line.
 
     Args:
-        arguments: a YAML file, then any number of ``key=value``. A key is a field's full path
+        arguments: a YAML file, which may name another that it builds on (``base: other.yaml``, looked for beside it),
+            then any number of ``key=value``. A key is a field's full path
             (``rollout.max_slots``), a section, or one entry of a mapping
             (``rewards.arguments.length.target``); a value is YAML. Later ones win.
 
@@ -38,15 +39,37 @@ def parse(arguments: Sequence[str]) -> RLConfig:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds, unchecked."""
-    if not Path(path).is_file():
-        raise ConfigError(_missing(Path(path)))
+    """The mapping that a YAML file holds, unchecked, laid over that of the file it names as its ``base``."""
+    return _load(Path(path), ())
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(_missing(path) if not above else f"base: {above[-1]} names {path}, which does not exist")
     data = load_file(path)
     if data is not None and not isinstance(data, dict):
         raise ConfigError(
             f"{path}: holds {_kind(data)}, takes a mapping of fields to values, as in 'learning_rate: 1e-6'"
         )
-    return data or {}
+    data = dict(data or {})
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise ConfigError(f"base: got {show(base)} in {path}, takes the name of a config file")
+    chain = (*above, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise ConfigError(f"base: {path} names {base}, which builds on {path} itself")
+    return _over(_load(path.parent / base, chain), data)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """One mapping laid over another, mappings in it likewise."""
+    both = dict(below)
+    for key, value in above.items():
+        old = both.get(key)
+        both[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
 
 
 def from_dict(data: dict[str, Any]) -> RLConfig:
