@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrft.algorithms.axes import AxisName, axis_sum
 from jaxrft.algorithms.choices import require_choice
 
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
@@ -24,10 +25,11 @@ class Totals(NamedTuple):
     sequences: Float[Array, ""]
 
 
-def totals(mask: Float[Array, "*batch time"]) -> Totals:
-    """Counts of the batch that ``mask`` (1 for valid tokens) belongs to."""
+def totals(mask: Float[Array, "*batch time"], axis_name: AxisName | None = None) -> Totals:
+    """Counts of the batch whose ``mask`` (1 for valid tokens) this is, over all devices of a mapped axis."""
     mask = mask.astype(jnp.float32)
-    return Totals(tokens=jnp.sum(mask), sequences=jnp.sum(jnp.max(mask, axis=-1)))
+    counts = jnp.sum(mask), jnp.sum(jnp.max(mask, axis=-1, initial=0.0))
+    return Totals(*(axis_sum(count, axis_name) for count in counts))
 
 
 def token_weights(
