@@ -1,9 +1,9 @@
 """Typed configs: dataclasses, YAML and overrides. Imports neither JAX nor any other room."""
 
+from jaxrft.config.algorithm import AlgorithmConfig
 from jaxrft.config.base import ConfigError, Section
 from jaxrft.config.rl import RLConfig
 from jaxrft.config.rooms import (
-    AlgorithmConfig,
     AuditConfig,
     DataConfig,
     EvaluationConfig,

@@ -21,7 +21,6 @@ OTHER_NAMES = {
     "dataset_name": "data.train",
     "dataset_test_split": "data.eval_split",
     "dataset_train_split": "data.train_split",
-    "delta": "algorithm.dual_clip",
     "do_eval": "data.eval",
     "epochs": "num_train_epochs",
     "epsilon_low": "epsilon",

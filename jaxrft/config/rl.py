@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from jaxrft.config.algorithm import AlgorithmConfig
 from jaxrft.config.base import ConfigError, Section, option
 from jaxrft.config.rooms import (
-    AlgorithmConfig,
     AuditConfig,
     DataConfig,
     EvaluationConfig,
@@ -32,6 +32,13 @@ RECIPE_FIELDS = {
     "loss_type": "reduction",
     "scale_rewards": "scale",
     "importance_sampling_level": "level",
+    "delta": "ratio_cap",
+    "top_entropy_quantile": "entropy_share",
+    "use_bias_correction_kl": "kl_weighted",
+    "off_policy_mask_threshold": "sequence_mask",
+    "multi_objective_aggregation": "aggregation",
+    "sapo_temperature_pos": "sapo_positive",
+    "sapo_temperature_neg": "sapo_negative",
 }
 LOSS_TYPES = {"grpo": "sequence_mean", "dapo": "token_mean", "dr_grpo": "constant"}
 REWARD_SCALES = {"group": "std", "batch": "batch_std", "none": "none"}
@@ -97,9 +104,26 @@ class RLConfig(Section):
     scale_rewards: Literal["group", "batch", "none"] | None = option(
         None, "Divide advantages by the standard deviation of the group, of the batch, or not. None: the recipe's."
     )
-    importance_sampling_level: Literal["token", "sequence"] | None = option(
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = option(
         None, "Level of the importance ratio. None: the recipe's."
     )
+    delta: float | None = option(None, "Bound of ratios that are not clipped. None: the recipe's.", above=1)
+    top_entropy_quantile: float | None = option(
+        None, "Train only this share of the tokens, those of highest entropy. None: the recipe's.", above=0, maximum=1
+    )
+    use_bias_correction_kl: bool | None = option(
+        None, "Multiply the KL in the loss by the token's ratio. None: the recipe's."
+    )
+    off_policy_mask_threshold: float | None = option(
+        None, "Leave out sequences of negative advantage that have drifted this far. None: the recipe's.", minimum=0
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = option(
+        None, "Several rewards are summed before they are normalised, or after. None: the recipe's."
+    )
+    sapo_temperature_pos: float | None = option(
+        None, "Sharpness of sapo's gate for positive advantages. None: the recipe's.", above=0
+    )
+    sapo_temperature_neg: float | None = option(None, "For all others. None: the recipe's.", above=0)
     mask_truncated_completions: bool = option(
         False, "Leave completions that reached max_completion_length out of the loss."
     )

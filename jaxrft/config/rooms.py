@@ -122,34 +122,6 @@ class ParallelConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AlgorithmConfig(Section):
-    """The algorithm: a named recipe, and any of its fields changed. None means the recipe's value."""
-
-    recipe: str = option("grpo", "Name of the recipe: grpo, dr_grpo or dapo.")
-    level: Literal["token", "sequence"] | None = option(
-        None, "Level of the importance ratio: of a token, or of a sequence (exp of the mean log-ratio)."
-    )
-    clip_low: float | None = option(None, "Ratios below 1 - clip_low are clipped (epsilon).", minimum=0, maximum=1)
-    clip_high: float | None = option(None, "Ratios above 1 + clip_high are clipped (epsilon_high).", minimum=0)
-    dual_clip: float | None = option(
-        None, "Bound on the loss of a negative advantage, as a multiple of it; above 1.", above=1
-    )
-    reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] | None = option(
-        None,
-        "How token losses become one number: mean over tokens (dapo), mean over sequences of token means (grpo) or "
-        "token sums, or sum over sequences times max_completion_length (dr_grpo).",
-    )
-    kl_coef: float | None = option(None, "Weight of the KL to the reference model in the loss (beta).", minimum=0)
-    kl_kind: Literal["k1", "k2", "k3"] | None = option(None, "Estimator of that KL.")
-    baseline: Literal["mean", "leave_one_out", "none"] | None = option(
-        None, "What is subtracted from a reward: mean of its group, mean of the group's others, or nothing."
-    )
-    scale: Literal["std", "batch_std", "none"] | None = option(
-        None, "What it is divided by: standard deviation of its group, of the batch, or nothing (scale_rewards)."
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
     """How held-out prompts are answered."""
 

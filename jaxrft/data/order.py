@@ -52,11 +52,14 @@ class PromptOrder:
     def indices(self, rollout: int) -> list[int]:
         """Positions in the dataset of the prompts that this process takes in a rollout (from 0)."""
         share = self.batch // self.processes
-        start = rollout * self.batch + self.process * share
+        return self.take(rollout * self.batch + self.process * share, share)
+
+    def take(self, start: int, count: int) -> list[int]:
+        """Positions in the dataset of ``count`` prompts of the stream, from its ``start``-th on."""
         found: list[int] = []
-        while len(found) < share:
+        while len(found) < count:
             epoch, offset = divmod(start + len(found), self.count)
-            rest = share - len(found)
+            rest = count - len(found)
             found.extend(_permutation(self.count, self.seed if self.shuffle else None, epoch)[offset : offset + rest])
         return found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 from jaxtyping import Float32
@@ -33,3 +35,22 @@ class Scores:
     components: dict[str, Float32[np.ndarray, " samples"]]
     errors: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def select(self, samples: Sequence[int]) -> Self:
+        """Those of some samples; counts and further numbers are of the whole rollout and stay behind."""
+        chosen = np.asarray(samples, int)
+        return type(self)(
+            total=self.total[chosen], components={name: values[chosen] for name, values in self.components.items()}
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Self:
+        """Those of several rollouts; counts and further numbers are added."""
+        names = parts[0].components
+        numbers = {name for part in parts for name in part.metrics}
+        return cls(
+            total=np.concatenate([part.total for part in parts]),
+            components={name: np.concatenate([part.components[name] for part in parts]) for name in names},
+            errors=sum(part.errors for part in parts),
+            metrics={name: sum(part.metrics.get(name, 0.0) for part in parts) for name in sorted(numbers)},
+        )

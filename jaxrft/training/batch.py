@@ -26,7 +26,8 @@ class TrainBatch:
         lengths: tokens of both.
         mask: 1 for response tokens that are trained on.
         temperature: each response token's sampling temperature.
-        advantages: one a sample.
+        advantages: of each response token.
+        groups: group of each sample, counted over the whole rollout.
         sampler_logprobs: the engine's, 0 where masked.
         old_logprobs: the policy's before the first update on these samples.
         ref_logprobs: the reference's; None without a KL term.
@@ -39,7 +40,8 @@ class TrainBatch:
     lengths: Int[AnyArray, "parts rows"]
     mask: Float[AnyArray, "parts rows response"]
     temperature: Float[AnyArray, "parts rows response"]
-    advantages: Float[AnyArray, "parts rows"]
+    advantages: Float[AnyArray, "parts rows response"]
+    groups: Int[AnyArray, "parts rows"]
     sampler_logprobs: Float[AnyArray, "parts rows response"]
     old_logprobs: Float[AnyArray, "parts rows response"]
     ref_logprobs: Float[AnyArray, "parts rows response"] | None
@@ -53,15 +55,17 @@ class Sample:
     Attributes:
         prompt_ids, response_ids: its tokens.
         logprobs: the engine's log-probability of each response token.
-        advantage: of the whole response.
+        advantage: of the whole response, where it is known before the batch is made.
         trained: whether the response counts in the loss.
+        group: samples of one prompt have the same.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     logprobs: np.ndarray
-    advantage: float
+    advantage: float = 0.0
     trained: bool = True
+    group: int = 0
 
 
 def make_batch(
@@ -99,7 +103,8 @@ def make_batch(
         lengths=prompt_lengths + np.array([len(s.response_ids) for s in samples], np.int32),
         mask=mask,
         temperature=temperatures,
-        advantages=np.array([s.advantage for s in samples], np.float32),
+        advantages=np.repeat(np.array([[s.advantage] for s in samples], np.float32), response, axis=1),
+        groups=np.array([s.group for s in samples], np.int32),
         sampler_logprobs=sampler,
         old_logprobs=np.zeros((count, response), np.float32),
         ref_logprobs=None,

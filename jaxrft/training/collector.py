@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from jaxrft import algorithms as alg
 from jaxrft.data.records import Prompt
 from jaxrft.rewards.combine import RewardSet
 from jaxrft.rollout.engine import Engine
 from jaxrft.rollout.records import Completion, SamplingParams
 from jaxrft.training.phases import Phases
-from jaxrft.training.rollouts import RolloutBatch, completion_texts, group_advantages, make_requests
+from jaxrft.training.rollouts import RolloutBatch, completion_texts, make_requests
 
 
 class Collector:
@@ -50,7 +47,6 @@ class Collector:
         sampling: SamplingParams,
         first_seed: int,
         phases: Phases,
-        estimator: alg.AdvantageEstimator | None = None,
         phase: str | None = None,
     ) -> RolloutBatch:
         """Completes and scores prompts.
@@ -61,21 +57,10 @@ class Collector:
             sampling: how.
             first_seed: prompt i is completed with seed ``first_seed + i``.
             phases: where progress goes.
-            estimator: makes advantages of the rewards; None leaves them 0.
             phase: one name for the whole, in place of ``rollout`` and ``rewards``.
         """
         completions, texts = self.complete(prompts, group, sampling, first_seed, phases, phase or "rollout")
         with phases(phase or "rewards", len(texts)):
             answered = [p for p in prompts for _ in range(group)]
             scores = self.rewards.score(answered, texts, [c.token_ids for c in completions])
-        advantages = np.zeros((len(texts),), np.float32)
-        if estimator is not None:
-            advantages = group_advantages(scores.total, group, estimator)
-        return RolloutBatch(
-            prompts=list(prompts),
-            completions=completions,
-            texts=texts,
-            scores=scores,
-            advantages=advantages,
-            group=group,
-        )
+        return RolloutBatch(prompts=list(prompts), completions=completions, texts=texts, scores=scores, group=group)

@@ -40,8 +40,16 @@ class Learner:
         self.reset(params)
         self.reference: Any = None
         self._score = make_score(self.graphdef)
+        # A KL in the rewards is in the advantages already.
+        objective = dataclasses.replace(recipe.policy, kl_coef=0.0) if recipe.kl.kl_in_reward else recipe.policy
         self._step = make_train_step(
-            self.graphdef, self.optimizer, schedule(config, total_steps), recipe.policy, config.max_grad_norm
+            self.graphdef,
+            self.optimizer,
+            schedule(config, total_steps),
+            objective,
+            config.max_grad_norm,
+            num_groups=config.rollout_prompts,
+            seed=config.seed,
         )
 
     def reset(self, params: Any) -> None:
@@ -56,7 +64,7 @@ class Learner:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss has a KL term."""
+        """Whether there is a KL to a reference, in the loss or in the rewards."""
         return self.recipe.policy.kl_coef > 0
 
     def keep_reference(self) -> None:
@@ -84,20 +92,24 @@ class Learner:
             batch = dataclasses.replace(batch, ref_logprobs=self._score(self.reference, batch))
         return batch
 
-    def update(self, batch: TrainBatch, limit: int, audit: Audit | None) -> Iterator[dict[str, float]]:
+    def update(
+        self, batch: TrainBatch, limit: int, audit: Audit | None, kl_coef: float | None = None
+    ) -> Iterator[dict[str, float]]:
         """All optimizer steps of one rollout, at most ``limit``; yields each one's statistics.
 
         Args:
             batch: as ``prepare`` gave it.
             limit: steps that the run has left.
             audit: checks the first of these steps, which changes nothing when it fails.
+            kl_coef: weight of the KL in the loss; None: the recipe's.
         """
+        weight = np.float32(self.recipe.policy.kl_coef if kl_coef is None else kl_coef)
         size = self.config.gradient_accumulation_steps
         starts = list(range(0, self.config.micro_batches, size)) * self.config.num_iterations
         for number, start in enumerate(starts[:limit]):
             bounds = audit.ratio_bounds if audit and number == 0 else UNBOUNDED
             part = batch if len(starts) == 1 else select_parts(batch, start, start + size)
-            self.state, stats = self._step(self.state, part, bounds)
+            self.state, stats = self._step(self.state, part, bounds, weight)
             values = {name: float(value) for name, value in jax.device_get(stats).items()}
             if audit and number == 0:
                 audit.check_ratio(values["ratio/deviation_mean"], values["ratio/deviation_max"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from jaxrft.training.batch import TrainBatch
 from jaxrft.training.rollouts import RolloutBatch
 
 
@@ -68,8 +70,14 @@ def throughput(seconds: Mapping[str, float], completion_tokens: int, trained_tok
     }
 
 
-def completion_rows(rollout: RolloutBatch) -> list[dict[str, object]]:
-    """One record a sample, for the file of completions."""
+def mean_advantages(batch: TrainBatch) -> np.ndarray:
+    """Mean advantage of each sample's trained tokens, float32 [samples]; 0 without any."""
+    advantages, mask = (np.asarray(a).reshape(-1, a.shape[-1]) for a in (batch.advantages, batch.mask))
+    return (np.where(mask > 0, advantages, 0.0).sum(-1) / np.maximum(mask.sum(-1), 1.0)).astype(np.float32)
+
+
+def completion_rows(rollout: RolloutBatch, advantages: np.ndarray) -> list[dict[str, Any]]:
+    """One record a sample, for the file of completions; ``advantages`` are the mean over its tokens."""
 
     def number(value: float) -> float | None:
         return None if np.isnan(value) else round(float(value), 6)
@@ -81,7 +89,7 @@ def completion_rows(rollout: RolloutBatch) -> list[dict[str, object]]:
             "completion": text,
             "reward": number(rollout.scores.total[i]),
             "rewards": {name: number(values[i]) for name, values in rollout.scores.components.items()},
-            "advantage": number(rollout.advantages[i]),
+            "advantage": number(advantages[i]),
             "tokens": len(rollout.completions[i].token_ids),
             "finish_reason": rollout.completions[i].finish_reason,
             "weight_version": rollout.completions[i].versions[-1][1],

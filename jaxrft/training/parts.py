@@ -9,7 +9,8 @@ from typing import Any
 from jaxrft import algorithms as alg
 from jaxrft import data, models, rewards
 from jaxrft.config import ConfigError, RLConfig
-from jaxrft.data.functions import names_function
+from jaxrft.config.rl import RECIPE_FIELDS
+from jaxrft.data.functions import first_line, load_function, names_function
 from jaxrft.data.prompts import PromptSet
 from jaxrft.models.decoder import Decoder
 from jaxrft.rollout import NativeEngine
@@ -26,12 +27,19 @@ def build_tokenizer(config: RLConfig, model: str | Path | Decoder | None, given:
 
 
 def build_model(config: RLConfig, model: str | Path | Decoder | None, tokenizer: Any, mesh: Any) -> Decoder:
-    """The module given, or one loaded or made as the config says; its vocabulary must hold the tokenizer's."""
+    """The module given, or one loaded or made as the config says; it must have room for the tokens and their number."""
     built = model if isinstance(model, Decoder) else _make_model(config, model, tokenizer, mesh)
     if len(tokenizer) > built.spec.vocab_size:
         raise ConfigError(
             f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary {built.spec.vocab_size}; "
             "use the model's own tokenizer"
+        )
+    longest = config.max_prompt_length + config.max_completion_length
+    if longest > built.spec.max_positions:
+        raise ConfigError(
+            f"max_completion_length: prompts of {config.max_prompt_length} tokens (max_prompt_length) and completions "
+            f"of {config.max_completion_length} are longer than the {built.spec.max_positions} that the model is made "
+            "for (max_position_embeddings); lower one of them"
         )
     return built
 
@@ -90,12 +98,51 @@ def build_rewards(config: RLConfig, functions: Sequence[Callable] | Callable | N
 
 
 def build_recipe(config: RLConfig) -> alg.Recipe:
-    """The named recipe with the config's changes."""
+    """The named recipe, or one's own, with the config's changes."""
+    name = config.algorithm.recipe
+    recipe = _own_recipe(name) if names_function(name) else _explained(config, lambda: alg.recipe(name))
+    changes = {"constant_length": config.max_completion_length, **config.algorithm_overrides}
+    recipe = _explained(config, lambda: recipe.with_overrides(changes))
+    _check_recipe(config, recipe)
+    return recipe
+
+
+def _own_recipe(name: str) -> alg.Recipe:
+    function = load_function(name, "algorithm.recipe")
     try:
-        recipe = alg.recipe(config.algorithm.recipe)
+        recipe = function()
+    except Exception as error:
+        raise ConfigError(f"algorithm.recipe: {name} raised {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(recipe, alg.Recipe):
+        raise ConfigError(f"algorithm.recipe: {name} returned {type(recipe).__name__}, takes a Recipe")
+    return recipe
+
+
+def _explained(config: RLConfig, build: Callable[[], alg.Recipe]) -> alg.Recipe:
+    try:
+        return build()
     except ValueError as error:
-        raise ConfigError(f"algorithm.{error}") from error
-    return recipe.with_overrides({"constant_length": config.max_completion_length, **config.algorithm_overrides})
+        field, colon, rest = str(error).partition(":")
+        # Named as the user named it.
+        given = [top for top, nested in RECIPE_FIELDS.items() if nested == field and getattr(config, top) is not None]
+        raise ConfigError(f"{given[0] if given else f'algorithm.{field}'}{colon}{rest}") from error
+
+
+def _check_recipe(config: RLConfig, recipe: alg.Recipe) -> None:
+    """Refuses what this trainer cannot do, or not with these batches."""
+    if recipe.advantage.estimator == "gae":
+        field, other = ("recipe", "grpo") if config.algorithm.estimator is None else ("estimator", "group")
+        raise ConfigError(
+            f"algorithm.{field}: {getattr(config.algorithm, field)} needs a critic, which this version does not have; "
+            f"takes another, such as {other}"
+        )
+    rows = config.per_device_train_batch_size * config.parallel.replica
+    if recipe.policy.grouped and rows % config.num_generations:
+        raise ConfigError(
+            f"per_device_train_batch_size: got {rows} completions in a micro-batch, takes a multiple of "
+            f"num_generations ({config.num_generations}) with objective {recipe.policy.objective}, which compares "
+            "those of a group"
+        )
 
 
 def build_engine(config: RLConfig, model: Decoder, tokenizer: Any) -> NativeEngine:

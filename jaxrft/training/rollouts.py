@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxrft import algorithms as alg
 from jaxrft.config import RLConfig
 from jaxrft.data.records import Prompt
 from jaxrft.rewards.records import Scores
@@ -27,7 +26,6 @@ class RolloutBatch:
         completions: ``group`` of each prompt, in order.
         texts: what the rewards saw, without special tokens.
         scores: total reward and components of each sample.
-        advantages: float32 [samples].
         group: completions of a prompt.
     """
 
@@ -35,7 +33,6 @@ class RolloutBatch:
     completions: list[Completion]
     texts: list[str]
     scores: Scores
-    advantages: np.ndarray
     group: int
 
     @property
@@ -51,6 +48,34 @@ class RolloutBatch:
     def prompt_of(self, sample: int) -> Prompt:
         """The prompt that a sample answers."""
         return self.prompts[sample // self.group]
+
+    def samples_of(self, groups: Sequence[int]) -> list[int]:
+        """The samples of some groups, group after group."""
+        return [group * self.group + i for group in groups for i in range(self.group)]
+
+    def select(self, groups: Sequence[int]) -> RolloutBatch:
+        """Some of the groups, in the order given."""
+        chosen = self.samples_of(groups)
+        return RolloutBatch(
+            prompts=[self.prompts[g] for g in groups],
+            completions=[self.completions[i] for i in chosen],
+            texts=[self.texts[i] for i in chosen],
+            scores=self.scores.select(chosen),
+            group=self.group,
+        )
+
+
+def join(rollouts: Sequence[RolloutBatch]) -> RolloutBatch:
+    """Several rollouts of the same group size as one."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    return RolloutBatch(
+        prompts=[p for r in rollouts for p in r.prompts],
+        completions=[c for r in rollouts for c in r.completions],
+        texts=[t for r in rollouts for t in r.texts],
+        scores=Scores.join([r.scores for r in rollouts]),
+        group=rollouts[0].group,
+    )
 
 
 def training_sampling(config: RLConfig) -> SamplingParams:
@@ -83,6 +108,11 @@ def evaluation_sampling(config: RLConfig) -> SamplingParams:
     )
 
 
+def greedy(sampling: SamplingParams) -> SamplingParams:
+    """The same, but for the most probable token at each place."""
+    return dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, first_token_temperature=None)
+
+
 def make_requests(prompts: Sequence[Prompt], n: int, first_seed: int) -> list[Request]:
     """One request a prompt, each with a seed of its own."""
     return [Request(prompt_ids=p.token_ids, n=n, seed=first_seed + i) for i, p in enumerate(prompts)]
@@ -93,34 +123,35 @@ def completion_texts(tokenizer: Any, completions: Sequence[Completion]) -> list[
     return tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
 
 
-def group_advantages(rewards: np.ndarray, group: int, estimator: alg.AdvantageEstimator) -> np.ndarray:
-    """Advantages of samples that lie group after group, float32 [samples]."""
-    groups = len(rewards) // group
-    ids = np.repeat(np.arange(groups), group)
-    return np.asarray(
-        alg.group_advantages(rewards, ids, groups, baseline=estimator.baseline, scale=estimator.scale), np.float32
-    )
+def make_samples(rollout: RolloutBatch, mask_truncated: bool, dropped: np.ndarray) -> list[Sample]:
+    """What is trained on: all of a rollout's samples, those left out of the loss marked as such.
 
-
-def make_samples(rollout: RolloutBatch, mask_truncated: bool) -> list[Sample]:
-    """What is trained on: all of a rollout's samples, those left out of the loss marked as such."""
+    Args:
+        rollout: with one group for each prompt.
+        mask_truncated: leave out completions that were cut off at their longest.
+        dropped: bool [groups]: those to leave out.
+    """
     if any(c.logprobs is None for c in rollout.completions):
         raise ValueError("completions: the engine gave no log-probabilities without truncation to train against")
     scored = ~np.isnan(rollout.scores.total)
-    trained = scored & ~(rollout.truncated & mask_truncated)
+    trained = scored & ~(rollout.truncated & mask_truncated) & ~np.repeat(dropped, rollout.group)
     return [
         Sample(
             prompt_ids=rollout.prompt_of(i).token_ids,
             response_ids=completion.token_ids,
             logprobs=np.asarray(completion.logprobs),
-            advantage=float(rollout.advantages[i]),
             trained=bool(trained[i]),
+            group=i // rollout.group,
         )
         for i, completion in enumerate(rollout.completions)
     ]
 
 
-def shuffled(samples: Sequence[Sample], seed: int, rollout: int) -> list[Sample]:
-    """The samples in a random order, so that each of several optimizer steps sees a mixture of the groups."""
-    keys = np.random.Philox(np.random.SeedSequence((seed, rollout))).random_raw(len(samples))
-    return [samples[i] for i in np.argsort(keys, kind="stable")]
+def shuffled(count: int, seed: int, rollout: int, block: int = 1) -> list[int]:
+    """A random order of ``count`` samples, so that each of several optimizer steps sees a mixture of the groups.
+
+    Args:
+        block: so many samples that follow one another stay together; 1 mixes all.
+    """
+    keys = np.random.Philox(np.random.SeedSequence((seed, rollout))).random_raw(count // block)
+    return [int(b) * block + i for b in np.argsort(keys, kind="stable") for i in range(block)]

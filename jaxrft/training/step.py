@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -19,7 +20,9 @@ from jaxrft.training.forward import AnyArray, response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
 
 Stats = dict[str, Float[Array, ""]]
-TrainStep = Callable[["TrainState", TrainBatch, Float[AnyArray, "2"]], tuple["TrainState", Stats]]
+TrainStep = Callable[
+    ["TrainState", TrainBatch, Float[AnyArray, "2"], Float[AnyArray, ""] | np.float32], tuple["TrainState", Stats]
+]
 
 
 @jax.tree_util.register_dataclass
@@ -67,20 +70,35 @@ def make_train_step(
     schedule: optax.Schedule,
     objective: alg.PolicyObjective,
     max_grad_norm: float,
+    *,
+    num_groups: int = 1,
+    seed: int = 0,
 ) -> TrainStep:
     """A program for one optimizer step; it donates the state it is given.
 
     Its third argument bounds the mean and the largest |ratio - 1|: when either is exceeded, or a gradient is
-    not finite, nothing is updated. Infinite after the audit.
+    not finite, nothing is updated. Infinite after the audit. Its fourth is the weight of the KL in the loss.
+
+    Args:
+        num_groups: groups of a rollout, where the objective compares the samples of one.
+        seed: of the objective's random choices; each step draws anew.
     """
-    loss = functools.partial(_micro_loss, graphdef, objective)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
-        state: TrainState, batch: TrainBatch, ratio_bounds: Float[AnyArray, "2"]
+        state: TrainState,
+        batch: TrainBatch,
+        ratio_bounds: Float[AnyArray, "2"],
+        kl_coef: Float[AnyArray, ""] | np.float32,
     ) -> tuple[TrainState, Stats]:
         whole = alg.totals(batch.mask)
-        gradients, stats = _accumulate(loss, state.params, batch, whole)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        shared = {"whole": whole, "key": key, "num_groups": num_groups}
+        if objective.kl_coef > 0:
+            shared["kl_coef"] = kl_coef
+        selection = _select(graphdef, objective, state.params, batch, key)
+        loss = functools.partial(_micro_loss, graphdef, objective, shared)
+        gradients, stats = _accumulate(loss, state.params, (batch, selection))
         norm = optax.global_norm(gradients)
         # Without a token to train on, momentum and weight decay would still move the parameters.
         sound = jnp.isfinite(norm) & jnp.isfinite(stats["loss"]) & (whole.tokens > 0)
@@ -101,14 +119,14 @@ def make_train_step(
     return train_step
 
 
-def _accumulate(loss, params, batch, whole):
+def _accumulate(loss, params, batch):
     """Gradients and statistics of all micro-batches: sums, since each part is weighted by the whole's counts."""
 
     def one(part):
-        (_, stats), gradients = jax.value_and_grad(loss, has_aux=True)(params, part, whole)
+        (_, stats), gradients = jax.value_and_grad(loss, has_aux=True)(params, part)
         return gradients, stats
 
-    if batch.tokens.shape[0] == 1:
+    if batch[0].tokens.shape[0] == 1:
         gradients, stats = one(jax.tree.map(lambda a: a[0], batch))
         return gradients, stats
 
@@ -120,14 +138,52 @@ def _accumulate(loss, params, batch, whole):
     return gradients, alg.merge_stats(stats)
 
 
-def _micro_loss(graphdef, objective, params, part: TrainBatch, whole: alg.Totals):
+def _select(graphdef, objective, params, batch: TrainBatch, key) -> alg.Selection | None:
+    """The tokens that an objective selects from all micro-batches together, by a forward pass of its own.
+
+    One micro-batch is the whole: its loss selects by itself.
+    """
+    if not objective.selects or batch.tokens.shape[0] == 1:
+        return None
     model = nnx.merge(graphdef, params)
-    logprobs, entropy = response_logprobs(model, part.tokens, part.prompt_lengths, part.lengths, part.temperature)
-    old = jnp.where(part.use_old, part.old_logprobs, jax.lax.stop_gradient(logprobs))
+
+    def forward(part: TrainBatch):
+        logprobs, entropy = _forward(model, part)
+        return logprobs, _old(part, logprobs), entropy
+
+    logprobs, old, entropies = jax.lax.map(forward, batch)
+    rows = [jnp.reshape(a, (-1, a.shape[-1])) for a in (logprobs, old, batch.advantages, batch.mask, entropies)]
+    selection = alg.token_selection(objective, *rows[:4], entropies=rows[4], key=key)
+    return jax.tree.map(lambda a: a.reshape(batch.mask.shape), selection)
+
+
+def _forward(model: Any, part: TrainBatch):
+    return response_logprobs(model, part.tokens, part.prompt_lengths, part.lengths, part.temperature)
+
+
+def _old(part: TrainBatch, logprobs):
+    """Log-probabilities before the first update on these samples; in that update, the present ones."""
+    return jnp.where(part.use_old, part.old_logprobs, jax.lax.stop_gradient(logprobs))
+
+
+def _micro_loss(graphdef, objective, shared, params, part: tuple[TrainBatch, alg.Selection | None]):
+    batch, selection = part
+    logprobs, entropy = _forward(nnx.merge(graphdef, params), batch)
+    old = _old(batch, logprobs)
     loss, stats = alg.policy_loss(
-        objective, logprobs, old, part.advantages, part.mask, ref_logprobs=part.ref_logprobs, whole=whole
+        objective,
+        logprobs,
+        old,
+        batch.advantages,
+        batch.mask,
+        sampler_logprobs=batch.sampler_logprobs,
+        entropies=entropy,
+        ref_logprobs=batch.ref_logprobs,
+        group_ids=batch.groups,
+        selection=selection,
+        **shared,
     )
-    return loss, stats | {"loss": loss} | _sampler_stats(old, entropy, part, whole)
+    return loss, stats | {"loss": loss} | _sampler_stats(old, entropy, batch, shared["whole"])
 
 
 def _sampler_stats(old, entropy, part: TrainBatch, whole: alg.Totals) -> Stats:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jaxrft import algorithms as alg
 from jaxrft.tracking import Tracker, learning_curve, read_metrics
 from jaxrft.training.folder import RunFolder
 from jaxrft.training.rollouts import RolloutBatch
@@ -23,7 +24,7 @@ def announce(tracker: Tracker, trainer: RLTrainer, continued_from: int | None) -
     size = sum(p.size for p in jax.tree.leaves(trainer.learner.state.params))
     rows = [
         ("model", f"{size / 1e6:.2f}M parameters, computed in {config.model.dtype}"),
-        ("algorithm", f"{config.algorithm.recipe}: {_changes(recipe.advantage)}, {_changes(recipe.policy)}"),
+        ("algorithm", f"{config.algorithm.recipe}: {described(recipe)}"),
     ]
     for name, prompts in (("prompts", trainer.train_prompts), ("held out", trainer.eval_prompts)):
         if prompts is not None:
@@ -40,10 +41,22 @@ def announce(tracker: Tracker, trainer: RLTrainer, continued_from: int | None) -
     tracker.console.banner("jaxrft", rows)
 
 
-def _changes(part: Any) -> str:
-    """The fields of a recipe's part that say something."""
-    values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, 0))
+def described(recipe: alg.Recipe) -> str:
+    """What a recipe does: the fields that always say something, and all that are not as they are by default."""
+    always = {"baseline", "scale", "objective", "level", "reduction"} | (
+        {"clip_low", "clip_high"} if "clip_low" in recipe.policy.reads else set()
+    )
+    said = []
+    for part in (getattr(recipe, field.name) for field in dataclasses.fields(recipe)):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name == "clip_high" and "clip_high" in always:
+                value = part.upper
+            if field.name == "constant_length" and part.reduction != "constant":
+                continue
+            if field.name in always or value != field.default:
+                said.append(f"{field.name} {value}")
+    return ", ".join(said)
 
 
 def held_out_by_stage(records: list[dict[str, Any]]) -> list[tuple[str, float]]:

@@ -133,10 +133,13 @@ def _make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step_fn(params: Any, opt_state: Any, batch: TrainBatch, step: int):
         loss, gradients = jax.value_and_grad(loss_fn)(params, batch)
-        gradients = clip_by_norm(gradients, optax.global_norm(gradients), 1.0)
-        directions, opt_state = optimizer.update(gradients, opt_state, params)
+        norm = optax.global_norm(gradients)
+        directions, moments = optimizer.update(clip_by_norm(gradients, norm, 1.0), opt_state, params)
         rate = config.learning_rate * jnp.minimum(step / warmup, 1.0)
-        params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), params, directions)
-        return params, opt_state, loss
+        moved = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), params, directions)
+        # A batch whose gradient is not finite changes nothing, as in RL.
+        sound = jnp.isfinite(norm)
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), (moved, moments), (params, opt_state))
+        return *kept, loss
 
     return step_fn

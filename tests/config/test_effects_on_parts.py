@@ -91,15 +91,18 @@ def test_engine(monkeypatch):
 
 def test_model(tmp_path):
     """``scratch``, ``tokenizer``, ``dtype``, ``seed`` and ``path``: a model made, saved, and loaded again."""
-    config = RLConfig(model=dataclasses.replace(MODEL, dtype="bfloat16"))
+    lengths = {"max_prompt_length": 16, "max_completion_length": 16}
+    config = RLConfig(model=dataclasses.replace(MODEL, dtype="bfloat16"), **lengths)
     tokenizer = parts.build_tokenizer(config, None, None)
     assert tokenizer.encode("0+", add_special_tokens=False) != tokenizer.encode("1+", add_special_tokens=False)
     made = parts.build_model(config, None, tokenizer, None)
     assert (made.dtype, made.spec.hidden_size) == (jnp.bfloat16, SCRATCH["hidden_size"])
     assert made.spec.vocab_size == len(tokenizer)
     models.save(made, tmp_path / "model", tokenizer=tokenizer)
-    loaded = parts.build_model(from_dict({"model": {"path": str(tmp_path / "model")}}), None, tokenizer, None)
+    loaded = parts.build_model(
+        from_dict({"model": {"path": str(tmp_path / "model")}, **lengths}), None, tokenizer, None
+    )
     assert loaded.dtype == jnp.float32
     np.testing.assert_array_equal(loaded.output_kernel, made.output_kernel)
-    other = parts.build_model(RLConfig(model=MODEL, seed=7), None, tokenizer, None)
+    other = parts.build_model(RLConfig(model=MODEL, seed=7, **lengths), None, tokenizer, None)
     assert not np.array_equal(other.output_kernel, made.output_kernel)

@@ -13,7 +13,7 @@ from jaxrft.config import ConfigError, RLConfig, WarmStartConfig
 from jaxrft.config.parse import from_dict
 from jaxrft.data.records import Prompt
 from jaxrft.rollout import Completion
-from jaxrft.training import learner, parts, warm_start
+from jaxrft.training import learner, warm_start
 from jaxrft.training.optimizer import adamw, clip_by_norm, schedule
 from jaxrft.training.rollouts import RolloutBatch, evaluation_sampling, make_samples, training_sampling
 from tests.training.tiny import ROWS, digits, tiny_config
@@ -69,7 +69,7 @@ def test_max_grad_norm(tmp_path, monkeypatch):
     for limit, expected in ((1.0, 0.6), (2.5, 1.5), (100.0, 3.0), (0.0, 3.0)):
         np.testing.assert_allclose(clip_by_norm(gradients, jnp.array(5.0), limit)["a"], [expected], rtol=1e-5)
     limits = []
-    monkeypatch.setattr(learner, "make_train_step", lambda *arguments: limits.append(arguments[-1]))
+    monkeypatch.setattr(learner, "make_train_step", lambda *arguments, **_: limits.append(arguments[-1]))
     RLTrainer(config=tiny_config(tmp_path, max_grad_norm=0.25), reward_funcs=digits, train_dataset=ROWS)
     assert limits == [0.25]
 
@@ -106,11 +106,10 @@ def test_mask_truncated_completions():
     ]
     scores = SimpleNamespace(total=np.ones(2))
     prompt = Prompt(0, "1+1=", "1+1=", [0], {})
-    rollout = RolloutBatch(
-        prompts=[prompt], completions=completions, texts=["", ""], scores=scores, advantages=np.ones(2), group=2
-    )
+    rollout = RolloutBatch(prompts=[prompt], completions=completions, texts=["", ""], scores=scores, group=2)
     for mask_truncated_completions, trained in ((False, [True, True]), (True, [True, False])):
-        assert [s.trained for s in make_samples(rollout, mask_truncated_completions)] == trained
+        samples = make_samples(rollout, mask_truncated_completions, dropped=np.array([False]))
+        assert [s.trained for s in samples] == trained
 
 
 def supervised(folder, monkeypatch, **values):
@@ -187,41 +186,3 @@ def test_sampling(path):
         if path == "seed":  # Evaluation's is another than training's, and follows it.
             value = 9 + make(RLConfig(seed=0)).seed
         assert {key: after[key] for key in after if after[key] != before[key]} == ({where: value} if where else {})
-
-
-RECIPE = {  # Field -> a value, and what it is in the recipe.
-    "beta": (0.1, "policy.kl_coef", 0.1),
-    "epsilon": (0.3, "policy.clip_low", 0.3),
-    "epsilon_high": (0.4, "policy.clip_high", 0.4),
-    "loss_type": ("dr_grpo", "policy.reduction", "constant"),
-    "scale_rewards": ("batch", "advantage.scale", "batch_std"),
-    "importance_sampling_level": ("sequence", "policy.level", "sequence"),
-    "max_completion_length": (77, "policy.constant_length", 77),
-    "algorithm.level": ("sequence", "policy.level", "sequence"),
-    "algorithm.clip_low": (0.3, "policy.clip_low", 0.3),
-    "algorithm.clip_high": (0.4, "policy.clip_high", 0.4),
-    "algorithm.dual_clip": (3, "policy.dual_clip", 3.0),
-    "algorithm.reduction": ("sequence_sum", "policy.reduction", "sequence_sum"),
-    "algorithm.kl_coef": (0.1, "policy.kl_coef", 0.1),
-    "algorithm.kl_kind": ("k2", "policy.kl_kind", "k2"),
-    "algorithm.baseline": ("leave_one_out", "advantage.baseline", "leave_one_out"),
-    "algorithm.scale": ("none", "advantage.scale", "none"),
-}
-
-
-@pytest.mark.parametrize("path", RECIPE)
-def test_recipe(path):
-    """Each field changes one thing of the recipe; what that does is shown in the tests of the algorithms."""
-    value, where, inside = RECIPE[path]
-    section, _, name = path.rpartition(".")
-    before = dataclasses.asdict(parts.build_recipe(RLConfig()))
-    after = dataclasses.asdict(parts.build_recipe(from_dict({section: {name: value}} if section else {name: value})))
-    part, _, field = where.partition(".")
-    before[part][field] = inside
-    assert after == before
-
-
-def test_named_recipe():
-    assert parts.build_recipe(from_dict({"algorithm": {"recipe": "dapo"}})).policy.clip_high == 0.28
-    with pytest.raises(ConfigError, match=r"^algorithm\.recipe: got 'dpo', takes .*dapo"):
-        parts.build_recipe(from_dict({"algorithm": {"recipe": "dpo"}}))

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrft import RLTrainer
 from jaxrft.config import AuditConfig
-from jaxrft.training import AuditError, learner, loop, rollouts
+from jaxrft.training import AuditError, cycle, learner, rollouts
 from tests.training.tiny import ROWS, digits, tiny_config
 
 
@@ -36,7 +36,7 @@ def test_a_sound_run_passes(tmp_path, capsys):
 
 def test_wrong_temperature(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        loop,
+        cycle,
         "training_sampling",
         lambda config: dataclasses.replace(rollouts.training_sampling(config), temperature=config.temperature * 1.02),
     )
@@ -113,7 +113,7 @@ def test_rewards_see_another_text(tmp_path, monkeypatch, spoil):
 
 def test_the_audit_can_be_turned_off_and_loosened(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        loop,
+        cycle,
         "training_sampling",
         lambda config: dataclasses.replace(rollouts.training_sampling(config), temperature=config.temperature * 1.02),
     )

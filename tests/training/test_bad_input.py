@@ -131,6 +131,13 @@ def test_tokenizer_larger_than_the_vocabulary(tmp_path):
     refuse("vocab", tiny_config(tmp_path / "run", model=model))
 
 
+def test_longer_than_the_model_is_made_for(tmp_path):
+    refuse(
+        "max_completion_length.*8 tokens.*of 25.*32 that the model",
+        tiny_config(tmp_path / "run", max_completion_length=25),
+    )
+
+
 def test_full_disk_at_a_checkpoint(tmp_path, run_python):
     code = f"""
 import resource

@@ -1,5 +1,6 @@
 """What the config's fields become: schedules, batch arithmetic, sampling, recipes, prompts, models."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -26,7 +27,6 @@ from jaxrft.training.optimizer import schedule
 from jaxrft.training.rollouts import (
     RolloutBatch,
     evaluation_sampling,
-    group_advantages,
     make_samples,
     shuffled,
     training_sampling,
@@ -127,21 +127,32 @@ def test_sampling_parameters():
         ("loss_type", "dapo", "reduction", "token_mean"),
         ("scale_rewards", "none", "scale", "none"),
         ("importance_sampling_level", "sequence", "level", "sequence"),
+        ("delta", 1.5, "ratio_cap", 1.5),
+        ("top_entropy_quantile", 0.2, "entropy_share", 0.2),
+        ("use_bias_correction_kl", True, "kl_weighted", True),
+        ("off_policy_mask_threshold", 0.5, "sequence_mask", 0.5),
+        ("multi_objective_aggregation", "normalize_then_sum", "aggregation", "normalize_then_sum"),
+        ("sapo_temperature_pos", 2.0, "sapo_positive", 2.0),
+        ("sapo_temperature_neg", 3.0, "sapo_negative", 3.0),
     ],
 )
 def test_top_level_fields_of_the_recipe(name, value, nested, expected):
-    plain = parts.build_recipe(RLConfig())
-    holder = lambda recipe: recipe.advantage if nested == "scale" else recipe.policy  # noqa: E731
-    assert getattr(holder(plain), nested) != expected
-    assert getattr(holder(parts.build_recipe(RLConfig(**{name: value}))), nested) == expected
-    same = RLConfig(algorithm=AlgorithmConfig(**{nested: expected}))
-    assert getattr(holder(parts.build_recipe(same)), nested) == expected
+    besides = {"recipe": "sapo"} if name.startswith("sapo") else {"kl_coef": 0.1} if nested == "kl_weighted" else {}
+
+    def found(settings=None, **fields):
+        made = parts.build_recipe(RLConfig(algorithm=AlgorithmConfig(**besides | (settings or {})), **fields))
+        (part,) = (p for f in dataclasses.fields(made) if hasattr(p := getattr(made, f.name), nested))
+        return getattr(part, nested)
+
+    assert found() != expected
+    assert found(**{name: value}) == expected
+    assert found({nested: expected}) == expected
     with pytest.raises(ConfigError, match=f"{name}: set with algorithm.{nested}"):
         RLConfig(**{name: value}, algorithm=AlgorithmConfig(**{nested: expected}))
 
 
 def test_other_fields_of_the_recipe():
-    changes = {"dual_clip": 3.0, "kl_kind": "k1", "baseline": "leave_one_out"}
+    changes = {"dual_clip": 3.0, "kl_coef": 0.1, "kl_kind": "k1", "baseline": "leave_one_out"}
     recipe = parts.build_recipe(
         RLConfig(algorithm=AlgorithmConfig(recipe="dr_grpo", **changes), max_completion_length=77)
     )
@@ -160,24 +171,31 @@ def rollout_of(rewards, finish):
         completions=completions,
         texts=["x"] * 4,
         scores=Scores(total=rewards, components={"r": rewards}),
-        advantages=group_advantages(rewards, 2, parts.build_recipe(RLConfig()).advantage),
         group=2,
     )
 
 
 def test_samples_left_out_of_the_loss():
     rollout = rollout_of([1.0, 0.0, np.nan, 0.5], ["stop", "length", "stop", "stop"])
-    samples = make_samples(rollout, mask_truncated=False)
+    none, second = np.array([False, False]), np.array([False, True])
+    samples = make_samples(rollout, False, none)
     assert [s.trained for s in samples] == [True, True, False, True]
-    assert [s.trained for s in make_samples(rollout, mask_truncated=True)] == [True, False, False, True]
+    assert [s.trained for s in make_samples(rollout, True, none)] == [True, False, False, True]
+    assert [s.trained for s in make_samples(rollout, False, second)] == [True, True, False, False]
     assert [s.prompt_ids for s in samples] == [[3], [3], [4], [4]]
-    assert samples[0].advantage > 0 > samples[1].advantage
-    assert samples[2].advantage == samples[3].advantage == 0
-    order = shuffled(list(range(50)), seed=1, rollout=2)
+    assert [s.group for s in samples] == [0, 0, 1, 1]
+
+
+def test_the_order_of_samples():
+    order = shuffled(50, seed=1, rollout=2)
     assert sorted(order) == list(range(50))
     assert order != list(range(50))
-    assert order == shuffled(list(range(50)), seed=1, rollout=2)
-    assert order != shuffled(list(range(50)), seed=1, rollout=3)
+    assert order == shuffled(50, seed=1, rollout=2)
+    assert order != shuffled(50, seed=1, rollout=3)
+    blocks = np.array(shuffled(48, seed=1, rollout=2, block=4)).reshape(-1, 4)
+    assert (blocks == blocks[:, :1] + np.arange(4)).all(), "those of a block stay together, in order"
+    assert sorted(blocks[:, 0]) == list(range(0, 48, 4))
+    assert list(blocks[:, 0]) != sorted(blocks[:, 0])
 
 
 def test_prompts_by_config(tmp_path):
@@ -227,15 +245,16 @@ def test_splits_system_prompt_and_template(tmp_path):
 
 
 def test_models_by_config(tmp_path):
-    config = RLConfig(model=MODEL, seed=5)
+    lengths = {"max_prompt_length": 8, "max_completion_length": 8}
+    config = RLConfig(model=MODEL, seed=5, **lengths)
     tokenizer = parts.build_tokenizer(config, None, None)
     model = parts.build_model(config, None, tokenizer, None)
     assert model.spec.vocab_size == len(tokenizer)
     assert (model.spec.hidden_size, model.spec.num_layers) == (16, 1)
-    other = parts.build_model(RLConfig(model=MODEL, seed=6), None, tokenizer, None)
+    other = parts.build_model(RLConfig(model=MODEL, seed=6, **lengths), None, tokenizer, None)
     assert not np.array_equal(model.embed.embedding[...], other.embed.embedding[...])
     half = ModelConfig(scratch=SCRATCH, tokenizer=MODEL.tokenizer, dtype="bfloat16")
-    lowered = parts.build_model(RLConfig(model=half), None, tokenizer, None)
+    lowered = parts.build_model(RLConfig(model=half, **lengths), None, tokenizer, None)
     assert lowered.hidden(np.zeros((1, 3), np.int32)).dtype == "bfloat16"
     assert lowered.embed.embedding[...].dtype == "float32"
 

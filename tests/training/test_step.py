@@ -1,7 +1,6 @@
 """The optimizer step: its memory, what it skips, how it accumulates, and what must not change it."""
 
 import dataclasses
-import functools
 import gc
 import json
 import math
@@ -14,112 +13,14 @@ import pytest
 from flax import nnx
 
 from jaxrft import models
-from jaxrft.config import AuditConfig, ParallelConfig, RLConfig
-from jaxrft.models.decoder import Decoder
-from jaxrft.models.spec import DecoderSpec
-from jaxrft.parallel import make_mesh
+from jaxrft.config import AlgorithmConfig, AuditConfig, ParallelConfig
 from jaxrft.rollout import NativeEngine
 from jaxrft.training import AuditError
 from jaxrft.training.audit import Audit
 from jaxrft.training.batch import Sample
 from jaxrft.training.forward import response_logprobs
-from jaxrft.training.learner import UNBOUNDED, Learner
-from jaxrft.training.parts import build_recipe
-
-VOCAB, LONGEST = 37, 12
-
-
-@functools.cache
-def initial_model(vocab):
-    spec = DecoderSpec(
-        vocab_size=vocab,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_positions=512,
-        tie_embeddings=True,
-        init_stddev=0.3,
-    )
-    graphdef, params = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)))
-    return graphdef, jax.tree.map(np.array, params)
-
-
-def make_model(vocab=VOCAB):
-    graphdef, params = initial_model(vocab)
-    return nnx.merge(graphdef, jax.tree.map(jnp.array, params))
-
-
-@functools.cache
-def cached_learner(rows, parts, vocab, changes):
-    """The epsilon keeps AdamW's steps close to the gradient: the signs of tiny gradients are rounding."""
-    settings = {
-        "learning_rate": 1.0,
-        "adam_epsilon": 1.0,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
-        "beta": 0.1,
-        "epsilon": 0.02,
-        "loss_type": "grpo",
-        "num_generations": 1,
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": parts,
-        "max_completion_length": LONGEST,
-        "temperature": 0.8,
-    }
-    config = RLConfig(**settings | dict(changes))
-    mesh = make_mesh(config.parallel.replica)
-    return Learner(config, build_recipe(config), make_model(vocab), mesh, total_steps=10)
-
-
-def make_learner(rows, parts=1, vocab=VOCAB, **changes):
-    """A learner at its start; those of the same settings share their programs."""
-    learner = cached_learner(rows, parts, vocab, tuple(changes.items()))
-    learner.reset(nnx.split(make_model(vocab))[1])
-    learner.keep_reference()
-    return learner
-
-
-def make_samples(count, seed=0, vocab=VOCAB):
-    """Ragged samples, the first of the greatest length; each third of them is not trained."""
-    rng = np.random.default_rng(seed)
-    samples = []
-    for number in range(count):
-        prompt, size = (int(rng.integers(1, 5)), int(rng.integers(1, LONGEST + 1))) if number else (4, LONGEST)
-        samples.append(
-            Sample(
-                prompt_ids=rng.integers(0, vocab, prompt).tolist(),
-                response_ids=rng.integers(0, vocab, size).tolist(),
-                logprobs=rng.normal(-3, 1, size),
-                advantage=float(rng.normal()),
-                trained=number % 3 != 2,
-            )
-        )
-    return samples
-
-
-def update(learner, samples, score_old=True):
-    return list(learner.update(learner.prepare(samples, score_old=score_old), 99, None))
-
-
-def host(tree):
-    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def bit_equal(a, b):
-    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(host(a), host(b), strict=True))
-
-
-def difference(a, b, start):
-    """How far two runs' changes of ``start`` are apart, relative to the change."""
-    flat = [np.concatenate([np.ravel(leaf) for leaf in leaves]) for leaves in (a, b, start)]
-    change = np.linalg.norm(flat[0] - flat[2])
-    assert change > 1e-3
-    return float(np.linalg.norm(flat[0] - flat[1]) / change)
-
+from jaxrft.training.learner import UNBOUNDED
+from tests.training.learners import VOCAB, bit_equal, difference, host, make_learner, make_model, make_samples, update
 
 # ------------------------------------------------------------------ memory
 
@@ -140,7 +41,7 @@ def test_no_training_program_holds_the_logits_of_all_tokens():
     full = jax.jit(lambda tokens: model(tokens)).lower(batch.tokens[0])
     assert max(map(math.prod, shapes_in(full))) >= tokens * vocab, "a program with full logits is noticed"
     programs = {
-        "step": learner._step.lower(learner.state, batch, UNBOUNDED),
+        "step": learner._step.lower(learner.state, batch, UNBOUNDED, np.float32(0.1)),
         "score": learner._score.lower(learner.state.params, batch),
     }
     for name, program in programs.items():
@@ -173,9 +74,9 @@ def count_copies():
     return [*counts, live_buffers((VOCAB, 16))]
 
 
-def train(replica):
+def train(replica, **changes):
     """Three updates over ``replica`` devices: parameters, statistics, number of programs compiled."""
-    learner = make_learner(8, 2) if replica == 1 else make_learner(1, 2, parallel=ParallelConfig(replica=replica))
+    learner = make_learner(8 // replica, 2, parallel=ParallelConfig(replica=replica), **changes)
     stats = [step for seed in range(3) for step in update(learner, make_samples(16, seed))]
     for leaf in jax.tree.leaves(learner.state):
         assert len(leaf.sharding.device_set) == replica
@@ -188,13 +89,29 @@ def scratch_memory(replica):
     learner = make_learner(8 // replica, vocab=50021, parallel=ParallelConfig(replica=replica))
     samples = [dataclasses.replace(s, response_ids=[1] * 96, logprobs=np.zeros(96)) for s in make_samples(8)]
     batch = learner.prepare(samples, score_old=False)
-    return learner._step.lower(learner.state, batch, UNBOUNDED).compile().memory_analysis().temp_size_in_bytes
+    return (
+        learner._step.lower(learner.state, batch, UNBOUNDED, np.float32(0.1))
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
-def compare_devices():
+# Its loss looks at all tokens of the batch, which lie on all devices.
+SELECTING = AlgorithmConfig(
+    objective="clip_cov",
+    cov_share=0.3,
+    cov_low=-9,
+    entropy_share=0.4,
+    correction="truncate",
+    correction_level="sequence",
+)
+
+
+def compare_devices(**changes):
     """Three updates on one device and on eight."""
     start = host(make_learner(8, 2).state.params)
-    one, eight = train(1), train(8)
+    one, eight = train(1, **changes), train(8, **changes)
     gaps = [abs(a[k] - b[k]) / (1e-3 + abs(a[k])) for a, b in zip(one[1], eight[1], strict=True) for k in a]
     programs = [one[2], eight[2]]
     return {"params": difference(one[0], eight[0], start), "stats": max(gaps), "programs": programs}
@@ -202,8 +119,9 @@ def compare_devices():
 
 OTHER_PROCESS = """
 import json
-from tests.training.test_step import compare_devices, count_copies, scratch_memory
-print(json.dumps({"copies": count_copies(), **compare_devices(), "scratch": scratch_memory(8)}))
+from tests.training.test_step import SELECTING, compare_devices, count_copies, scratch_memory
+result = {"copies": count_copies(), **compare_devices(), "scratch": scratch_memory(8)}
+print(json.dumps(result | {"selecting": compare_devices(algorithm=SELECTING)}))
 """
 
 
@@ -211,9 +129,10 @@ def test_no_copies_are_kept_and_eight_devices_are_one_that_share_the_work(run_py
     """What only a process of its own can tell: with no other arrays, and with eight devices."""
     result = json.loads(run_python(OTHER_PROCESS, devices=8).stdout.splitlines()[-1])
     assert result["copies"] == [4, 4, 4, 3], "parameters, two moments, the reference"
-    assert result["params"] < 1e-5
-    assert result["stats"] < 1e-4
-    assert result["programs"] == [1, 1], "one program for all updates"
+    for compared in (result, result["selecting"]):
+        assert compared["params"] < 1e-5
+        assert compared["stats"] < 1e-4
+        assert compared["programs"] == [1, 1], "one program for all updates"
     assert result["scratch"] < 2**26, "less than the logits of one chunk: each device has an eighth of it"
 
 
@@ -371,8 +290,26 @@ def test_a_rollout_ends_in_its_middle_where_the_run_does(monkeypatch):
     ours = host(learner.state)
     learner = make_learner(rows=4, parts=2)
     for number in (0, 1, 2, 0):
-        learner.state, _ = learner._step(learner.state, pieces[number], UNBOUNDED)
+        learner.state, _ = learner._step(learner.state, pieces[number], UNBOUNDED, np.float32(0.1))
     assert bit_equal(ours, learner.state)
+
+
+def test_the_weight_of_the_kl_changes_without_a_new_program():
+    learner = make_learner(rows=8)
+    batch = learner.prepare(make_samples(8), score_old=True)
+    drift = np.random.default_rng(1).normal(0, 1, batch.mask.shape).astype(np.float32)
+    batch = dataclasses.replace(batch, ref_logprobs=batch.old_logprobs + drift)
+    losses, params, programs = {}, {}, set()
+    for weight in (None, 0.1, 0.4, 0.7):
+        learner = make_learner(rows=8)
+        (stats,) = learner.update(batch, 1, None, weight)
+        losses[weight], params[weight] = stats["loss"], host(learner.state.params)
+        programs.add(learner._step._cache_size())
+    assert len(programs) == 1
+    assert losses[None] == losses[0.1], "the recipe's own"
+    assert losses[0.4] - losses[0.1] > 0.01
+    assert losses[0.7] - losses[0.4] == pytest.approx(losses[0.4] - losses[0.1], rel=1e-3)
+    assert not bit_equal(params[0.1], params[0.7])
 
 
 # ------------------------------------------------------------------ log-probabilities of responses

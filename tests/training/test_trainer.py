@@ -146,6 +146,7 @@ def test_ten_lines_of_python(tmp_path):
         max_steps=2,
         num_generations=4,
         learning_rate=1e-2,
+        max_prompt_length=8,
         max_completion_length=3,
         tracking=TrackingConfig(progress=False),
     )

@@ -1,0 +1,123 @@
+"""From the scores of a rollout to the advantages of its tokens, and the state that this keeps from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxrft import algorithms as alg
+from jaxrft.training.batch import TrainBatch
+from jaxrft.training.drawing import Drawn
+from jaxrft.training.rollouts import RolloutBatch
+
+
+class Credit:
+    """Gives each token its advantage, as a recipe says.
+
+    Args:
+        recipe: the algorithm.
+        weights: of each reward in the total.
+        max_length: tokens of the longest completion allowed.
+    """
+
+    def __init__(self, recipe: alg.Recipe, weights: Sequence[float], max_length: int):
+        self.recipe, self.max_length = recipe, max_length
+        self.weights = np.asarray(weights, np.float32)
+        self.kl_coef = recipe.policy.kl_coef
+        self._seen = alg.no_moments()
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved with a run, as plain values."""
+        seen = dataclasses.astuple(self._seen)
+        return {"kl_coef": float(self.kl_coef), "reward_moments": [float(value) for value in seen]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state` gave. A weight that is not adapted is the config's, not the saved one."""
+        self._seen = alg.Moments(*(jnp.float32(value) for value in state["reward_moments"]))
+        if self.recipe.kl.kl_target is not None:
+            self.kl_coef = state["kl_coef"]
+
+    def outcome(self, drawn: Drawn, greedy: RolloutBatch | None) -> alg.Outcome:
+        """The rewards of the samples that are trained on, shaped; in the order of ``drawn.samples``.
+
+        Args:
+            drawn: a rollout, and what of it is trained on.
+            greedy: one greedy completion of each of ``drawn.groups``, where the recipe asks for it.
+        """
+        chosen = drawn.rollout.select(drawn.groups)
+        # A group that is left out must not count in means over the batch either.
+        left_out = np.repeat(drawn.dropped[drawn.groups], chosen.group)
+        rewards, self._seen = alg.shape_rewards(self.recipe.shaping, *self._measured(chosen, left_out), self._seen)
+        by_greedy = None
+        if greedy is not None:  # Measured as the rewards that it is subtracted from are.
+            by_greedy, _ = alg.shape_rewards(self.recipe.shaping, *self._measured(greedy), self._seen, update=False)
+        return alg.Outcome(
+            rewards=rewards,
+            components=self._components(chosen, left_out),
+            weights=np.append(self.weights, np.float32(1.0)),
+            group_ids=np.repeat(np.arange(len(drawn.groups), dtype=np.int32), chosen.group),
+            greedy_rewards=by_greedy,
+            greedy_components=None if greedy is None else self._components(greedy),
+        )
+
+    def assign(self, batch: TrainBatch, outcome: alg.Outcome, groups: int) -> tuple[TrainBatch, Float[Array, ""]]:
+        """The batch with advantages, and the mean KL to the reference that they hold (0 where it is in the loss).
+
+        Args:
+            batch: with the policy's and the reference's log-probabilities where the KL goes into the rewards.
+            outcome: of its samples, in its order.
+            groups: number of them.
+        """
+        coef = jnp.float32(self.kl_coef if self.recipe.kl.kl_in_reward else 0.0)
+        advantages, kl = _assign(self.recipe, groups, batch, outcome, coef)
+        placed = jax.device_put(advantages, jnp.asarray(batch.mask).sharding)
+        return dataclasses.replace(batch, advantages=placed), kl
+
+    def adapt(self, observed_kl: float, samples: int) -> None:
+        """Moves the KL's weight after a rollout, where the recipe has a target for it."""
+        control = self.recipe.kl
+        if control.kl_target is not None and np.isfinite(observed_kl):
+            self.kl_coef = alg.adaptive_kl_coef(
+                self.kl_coef, observed_kl, control.kl_target, control.kl_horizon, samples
+            )
+
+    def _measured(
+        self, rollout: RolloutBatch, left_out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Rewards, lengths, and the longest of these allowed."""
+        rewards = rollout.scores.total if left_out is None else np.where(left_out, np.nan, rollout.scores.total)
+        return rewards, rollout.lengths, self.max_length
+
+    def _components(self, rollout: RolloutBatch, left_out: np.ndarray | None = None) -> np.ndarray:
+        """Each reward, and what the length adds as one more, [samples, rewards + 1]."""
+        terms = np.asarray(alg.length_terms(self.recipe.shaping, rollout.lengths, self.max_length))
+        columns = np.stack([*rollout.scores.components.values(), terms], axis=1).astype(np.float32)
+        return columns if left_out is None else np.where(left_out[:, None], np.nan, columns)
+
+
+def permuted(outcome: alg.Outcome, order: Sequence[int]) -> alg.Outcome:
+    """An outcome with its samples in another order."""
+    chosen = np.asarray(order, int)
+    return outcome._replace(
+        rewards=outcome.rewards[chosen], components=outcome.components[chosen], group_ids=outcome.group_ids[chosen]
+    )
+
+
+@jax.jit(static_argnums=(0, 1))
+def _assign(
+    recipe: alg.Recipe, groups: int, batch: TrainBatch, outcome: alg.Outcome, kl_coef: Float[Array, ""]
+) -> tuple[Float[Array, "parts rows response"], Float[Array, ""]]:
+    mask = batch.mask.reshape(-1, batch.mask.shape[-1])
+    penalties, mean = None, jnp.zeros(())
+    if recipe.kl.kl_in_reward and batch.ref_logprobs is not None:
+        kl = alg.kl(batch.old_logprobs, batch.ref_logprobs, recipe.policy.kl_kind).reshape(mask.shape)
+        kl = jnp.where(mask > 0, kl, 0.0)
+        penalties, mean = kl_coef * kl, jnp.sum(kl) / jnp.maximum(jnp.sum(mask), 1.0)
+    advantages = alg.estimate_advantages(recipe.advantage, outcome, groups, mask, penalties)
+    return advantages.reshape(batch.mask.shape), mean
