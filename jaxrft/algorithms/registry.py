@@ -24,7 +24,7 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-_BUILT_IN = frozenset(RECIPES) | frozenset(SURROGATES)
+_BUILT_IN = {"recipe": frozenset(RECIPES), "objective": frozenset(SURROGATES)}
 
 
 def register_recipe(name: str, value: Recipe) -> None:
@@ -46,6 +46,6 @@ def register_objective(name: str, surrogate: Surrogate) -> None:
 
 
 def _add(kind: str, known: dict, name: str, value: object) -> None:
-    if name in _BUILT_IN:
+    if name in _BUILT_IN[kind]:
         raise ValueError(f"{kind}: {name!r} is taken; choose another name")
     known[name] = value

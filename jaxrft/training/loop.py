@@ -199,8 +199,11 @@ class TrainingRun:
             return
         self.checkpoints.forget_after(restored.step)
         self.learner.state = restored.state
-        self.record |= restored.record
-        self.credit.load(self.record.pop("credit"))
+        # Runs of version 0.1.0 kept neither of these, and drew the same number of prompts for each rollout.
+        drawn = restored.record["rollouts"] * self.config.rollout_prompts
+        self.record |= {"prompts": drawn} | restored.record
+        if (credit := self.record.pop("credit", None)) is not None:
+            self.credit.load(credit)
 
     def _warm_start(self) -> None:
         """The supervised stage; interrupted, it starts anew."""
