@@ -157,6 +157,8 @@ def _entry(section: type[Section], field: dataclasses.Field[Any], path: str) -> 
 def _spell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spell, value))}]"
     return dump({"": value}).partition(":")[2].strip()
 
 

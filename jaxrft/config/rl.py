@@ -15,6 +15,7 @@ from jaxrft.config.rooms import (
     AuditConfig,
     DataConfig,
     EvaluationConfig,
+    MemoryConfig,
     ModelConfig,
     ParallelConfig,
     RewardsConfig,
@@ -154,6 +155,7 @@ class RLConfig(Section):
     rewards: RewardsConfig = option(factory=RewardsConfig, help="The rewards.")
     rollout: RolloutConfig = option(factory=RolloutConfig, help="The engine.")
     parallel: ParallelConfig = option(factory=ParallelConfig, help="The devices.")
+    memory: MemoryConfig = option(factory=MemoryConfig, help="What is kept on the devices.")
     algorithm: AlgorithmConfig = option(factory=AlgorithmConfig, help="The algorithm.")
     evaluation: EvaluationConfig = option(factory=EvaluationConfig, help="The evaluation.")
     tracking: TrackingConfig = option(factory=TrackingConfig, help="The loggers.")
@@ -174,11 +176,11 @@ class RLConfig(Section):
             raise ConfigError(
                 "generation_batch_size: set with steps_per_generation; each follows from the other: remove one"
             )
-        micro = self.per_device_train_batch_size * self.parallel.replica
+        micro = self.per_device_train_batch_size * self.parallel.data_devices
         if self.rollout_samples % micro:
             raise ConfigError(
                 f"generation_batch_size: got {self.rollout_samples}, takes a multiple of per_device_train_batch_size x "
-                f"parallel.replica ({micro})"
+                f"parallel.replica x parallel.fsdp ({micro})"
             )
         if self.micro_batches % self.gradient_accumulation_steps:
             raise ConfigError(
@@ -188,8 +190,8 @@ class RLConfig(Section):
         if self.rollout_samples % self.num_generations:
             raise ConfigError(
                 f"num_generations: got {self.num_generations}, which does not divide the {self.rollout_samples} "
-                "completions of a rollout (per_device_train_batch_size x parallel.replica x steps_per_generation); "
-                "change one of them or set generation_batch_size"
+                "completions of a rollout (per_device_train_batch_size x parallel.replica x parallel.fsdp x "
+                "steps_per_generation); change one of them or set generation_batch_size"
             )
 
     def _check_schedule(self) -> None:
@@ -225,7 +227,7 @@ class RLConfig(Section):
         if self.generation_batch_size is not None:
             return self.generation_batch_size
         steps = self.steps_per_generation or self.gradient_accumulation_steps
-        return self.per_device_train_batch_size * self.parallel.replica * steps
+        return self.per_device_train_batch_size * self.parallel.data_devices * steps
 
     @property
     def rollout_prompts(self) -> int:
@@ -235,7 +237,7 @@ class RLConfig(Section):
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one pass over a rollout."""
-        return self.rollout_samples // (self.per_device_train_batch_size * self.parallel.replica)
+        return self.rollout_samples // (self.per_device_train_batch_size * self.parallel.data_devices)
 
     @property
     def updates_per_rollout(self) -> int:

@@ -23,8 +23,19 @@ class ModelConfig(Section):
         "Folder or hub name of the tokenizer, or 'characters:' followed by the alphabet of a "
         "tokenizer with one token per character. None takes the model's own.",
     )
-    dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "Type that activations are computed in. Parameters and optimizer moments are float32."
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Type that activations are computed in. Gradients are summed, and moments kept, in float32."
+    )
+    param_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "Type that parameters are kept in. bfloat16 halves them and rounds each update up or down at random, so that "
+        "small updates count on average; it needs dtype bfloat16.",
+    )
+    loss_scale: float | None = option(
+        None, "Factor of the loss at the start, with dtype float16; halved at each overflow. None: 65536.", minimum=1
+    )
+    loss_scale_steps: int | None = option(
+        None, "Optimizer steps without an overflow after which that factor is doubled. None: 2000.", minimum=1
     )
 
     def check(self) -> None:
@@ -34,6 +45,11 @@ class ModelConfig(Section):
             raise ConfigError(
                 "tokenizer: got None, a model made from scratch needs one, such as 'characters:0123456789'"
             )
+        if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise ConfigError(f"param_dtype: got bfloat16, which needs dtype bfloat16, not {self.dtype}")
+        for name in ("loss_scale", "loss_scale_steps"):
+            if getattr(self, name) is not None and self.dtype != "float16":
+                raise ConfigError(f"{name}: set with dtype {self.dtype}; only float16 has a loss scale: remove it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,9 +123,20 @@ class RolloutConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section):
-    """Devices, and how XLA uses them."""
+    """Devices, what lies where on them, and how XLA uses them. A run takes the product of the four sizes."""
 
-    replica: int = option(1, "Devices over which every micro-batch is split (data parallel).", minimum=1)
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] | None = option(
+        None,
+        "What is sharded over fsdp and sequence devices: nothing (ddp), optimizer moments (zero1), gradients too "
+        "(zero2), parameters too (zero3, also called fsdp), or that within each of several replicas (hsdp). "
+        "None: hsdp, fsdp or ddp, as the sizes allow.",
+    )
+    replica: int = option(
+        1, "Groups of devices with a whole copy of all state; each takes a share of the batch.", minimum=1
+    )
+    fsdp: int = option(1, "Devices that take a share of the batch, and that state is sharded over.", minimum=1)
+    sequence: int = option(1, "Devices that share the time steps of each row (context parallelism).", minimum=1)
+    tensor: int = option(1, "Devices that share each layer's heads and channels, and the vocabulary.", minimum=1)
     virtual_devices: int | None = option(None, "Make this many CPU devices, to try a mesh without GPUs.", minimum=1)
     memory_fraction: float | None = option(
         None, "Share of a GPU's memory that JAX takes at its start. None leaves JAX's default.", above=0, maximum=1
@@ -119,6 +146,59 @@ class ParallelConfig(Section):
         "~/.cache/jaxrft/xla", "Folder of compiled programs, shared by runs. None compiles anew in each run."
     )
     deterministic: bool = option(False, "Use only deterministic GPU kernels, so that a resumed run is bit-equal.")
+
+    @property
+    def data_devices(self) -> int:
+        """Devices, or groups of them, that take different rows of a batch."""
+        return self.replica * self.fsdp
+
+    @property
+    def chosen_strategy(self) -> str:
+        """The strategy set, or the one that shards most on these sizes."""
+        if self.strategy is not None:
+            return self.strategy
+        if self.fsdp * self.sequence == 1:
+            return "ddp"
+        return "hsdp" if self.replica > 1 else "fsdp"
+
+    def check(self) -> None:
+        shards, strategy = self.fsdp * self.sequence, self.strategy
+        if strategy == "ddp" and self.fsdp > 1:
+            raise ConfigError("strategy: ddp keeps whole copies of all state; set replica instead of fsdp")
+        if strategy not in (None, "ddp") and shards == 1:
+            raise ConfigError(
+                f"strategy: {strategy} shards over fsdp and sequence devices, of which there is one; set fsdp"
+            )
+        if strategy in ("zero1", "zero2", "zero3", "fsdp") and self.replica > 1:
+            raise ConfigError(
+                f"strategy: {strategy} has no replicas; set fsdp instead of replica, or take hsdp, which shards "
+                "within each replica"
+            )
+        if strategy == "hsdp" and self.replica == 1:
+            raise ConfigError("strategy: hsdp shards within each of several replicas; set replica, or take fsdp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig(Section):
+    """What is kept on the devices."""
+
+    remat: Literal["auto", "none", "full", "save", "offload"] = option(
+        "auto",
+        "What the backward pass keeps of each layer: all (none), only its input, computing the rest again (full), the "
+        "tensors in remat_names too (save), or these in the host's memory (offload). auto: the fastest that fits.",
+    )
+    remat_names: list[str] = option(
+        factory=lambda: ["query", "key", "value", "attention"],
+        help="Tensors that save and offload keep: layer_input, query, key, value, attention, gate, up.",
+    )
+    scan_layers: bool = option(
+        False, "Run the layers in a loop: compiles in a fraction of the time, and takes a copy of sharded parameters."
+    )
+    offload_optimizer: bool = option(False, "Keep optimizer moments in the host's memory between steps.")
+    offload_reference: bool = option(False, "Keep the reference model in the host's memory between uses.")
+    device_gib: float | None = option(
+        None, "Memory of one device, in GiB, that a run may count on. None: what the device reports.", above=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = exports(
         "load": "jaxrft.models.checkpoint",
         "from_config": "jaxrft.models.checkpoint",
         "save": "jaxrft.models.checkpoint",
+        "spec_from_config": "jaxrft.models.checkpoint",
+        "spec_of": "jaxrft.models.checkpoint",
         "token_logprobs": "jaxrft.models.logprobs",
     },
 )

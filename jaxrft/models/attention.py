@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrft import parallel
 from jaxrft.models.precision import matmul_precision
 
 # Large enough to vanish in a softmax, small enough that a row with nothing to see stays finite.
@@ -50,6 +52,37 @@ def attend(
     mask: Bool[Array, "one_or_batch time keys"],
 ) -> Float[Array, "batch time heads head_dim"]:
     """Grouped-query attention with float32 scores and softmax.
+
+    Under a layout each device attends with its own rows, its own heads and its own time steps of the queries, to
+    keys and values of the whole row, which are gathered where the time axis is sharded (context parallelism as in
+    arXiv:2407.21783, section 3.3.2).
+    """
+    layout = parallel.current()
+    if layout is None:
+        return _attend(query, key, value, mask)
+    queries = layout.activation(("batch", "time", "heads", None), query.shape)
+    key, value = (_align_heads(a, query.shape[2], layout.mesh.shape["tensor"], queries) for a in (key, value))
+    keys = PartitionSpec(queries[0], queries[2], None, None)
+    masks = PartitionSpec(queries[0] if mask.shape[0] > 1 else None, queries[1], None)
+    sharded = jax.shard_map(_attend, mesh=layout.mesh, in_specs=(queries, keys, keys, masks), out_specs=queries)
+    return sharded(query, key, value, mask)
+
+
+def _align_heads(x: Array, heads: int, tensor: int, queries: PartitionSpec) -> Array:
+    """Keys or values with each key head where its query heads are: repeated where there are fewer than devices."""
+    kv_heads = x.shape[1]
+    if queries[2] is None or kv_heads % tensor == 0:
+        return x
+    return jnp.repeat(x, (tensor if tensor % kv_heads == 0 else heads) // kv_heads, axis=1)
+
+
+def _attend(
+    query: Float[Array, "batch time heads head_dim"],
+    key: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
+    mask: Bool[Array, "one_or_batch time keys"],
+) -> Float[Array, "batch time heads head_dim"]:
+    """Attention on one device.
 
     The query heads that share a key head are laid along the time axis, so that both products
     are plain batched matmuls over batch x key heads: several times faster on a CPU than the

@@ -20,23 +20,31 @@ from jaxrft.models.families import Family, family_for, family_of
 from jaxrft.models.hf_config import complete
 from jaxrft.models.hub import checkpoint_folder
 from jaxrft.models.names import HARMLESS_EXTRAS, Tensor, tensors_of
+from jaxrft.models.spec import DecoderSpec
 from jaxrft.models.weight_files import FLOAT_TYPES, WeightFiles, write_json, write_weights
+from jaxrft.parallel import Layout
 
-COMPUTE_TYPES = ("float32", "bfloat16")
+COMPUTE_TYPES = ("float32", "bfloat16", "float16")
+PARAM_TYPES = ("float32", "bfloat16")
 FILE_TYPES = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 5 * 10**9
 
 
 def load(
-    path_or_hub_name: str | os.PathLike[str], dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+    path_or_hub_name: str | os.PathLike[str],
+    dtype: str = "float32",
+    layout: Layout | None = None,
+    *,
+    param_dtype: str = "float32",
 ) -> Decoder:
     """A model with the weights of a Hugging Face checkpoint.
 
     Args:
         path_or_hub_name: a folder with config.json and safetensors, or a name on the hub, which is
             looked for in the local cache before it is fetched.
-        dtype: type that activations are computed in. Parameters are float32.
-        mesh: where the parameters are placed, a whole copy on every device; None takes the default device.
+        dtype: type that activations are computed in.
+        layout: where the parameters are placed; None takes the default device.
+        param_dtype: type that parameters are kept in.
 
     Raises:
         ConfigError: no such checkpoint, a family or option we do not have, damaged files, or tensors
@@ -51,19 +59,47 @@ def load(
     if (folder / "generation_config.json").is_file():
         model.generation_config = json.dumps(_read_json(folder / "generation_config.json"))
     with WeightFiles(folder) as files:
-        return _filled(model, family, files, folder, _placement(mesh))
+        return _filled(model, family, files, folder, layout, _float_type("param_dtype", param_dtype, PARAM_TYPES))
+
+
+def spec_of(path_or_hub_name: str | os.PathLike[str]) -> DecoderSpec:
+    """The shape of a Hugging Face checkpoint's model; its weights are not read.
+
+    Raises:
+        ConfigError: as :func:`load` for the config.
+    """
+    return _spec(_read_json(checkpoint_folder(path_or_hub_name) / "config.json"))
+
+
+def spec_from_config(hf_config: dict[str, Any]) -> DecoderSpec:
+    """The shape of the model that :func:`from_config` would make.
+
+    Raises:
+        ConfigError: as there.
+    """
+    return _spec(hf_config, strict=True)
+
+
+def _spec(fields: dict[str, Any], strict: bool = False) -> DecoderSpec:
+    return family_of(fields).spec(complete(fields, strict=strict))
 
 
 def from_config(
-    hf_config: dict[str, Any], *, dtype: str = "float32", seed: int = 0, mesh: jax.sharding.Mesh | None = None
+    hf_config: dict[str, Any],
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    layout: Layout | None = None,
+    param_dtype: str = "float32",
 ) -> Decoder:
     """A model made from scratch.
 
     Args:
         hf_config: fields of a config.json with its ``model_type``; others default as in transformers.
-        dtype: type that activations are computed in. Parameters are float32.
+        dtype: type that activations are computed in.
         seed: of the random parameters: normal with ``initializer_range``, biases 0, norms 1.
-        mesh: where the parameters are placed, a whole copy on every device; None takes the default device.
+        layout: where the parameters are placed; None takes the default device.
+        param_dtype: type that parameters are kept in.
 
     Raises:
         ConfigError: a family, a field or a value that we do not have.
@@ -75,8 +111,9 @@ def from_config(
     # Not jitted as a whole: one program that draws every parameter takes seconds to compile.
     model = Decoder(spec, dtype=_compute_type(dtype), rngs=nnx.Rngs(seed))
     model.hf_config = json.dumps(hf_config)
-    if mesh is not None:
-        nnx.update(model, jax.device_put(nnx.state(model), _placement(mesh)))
+    kept = _float_type("param_dtype", param_dtype, PARAM_TYPES)
+    params = jax.tree.map(lambda p: p.astype(kept), nnx.state(model))
+    nnx.update(model, params if layout is None else jax.device_put(params, layout.shardings("params", params)))
     return model
 
 
@@ -134,17 +171,17 @@ def named_tensors(model: Decoder) -> Iterator[tuple[Tensor, jax.Array]]:
 
 
 def _compute_type(dtype: str) -> jnp.dtype:
-    if dtype not in COMPUTE_TYPES:
-        raise ConfigError(f"dtype: got {dtype!r}, takes one of {', '.join(COMPUTE_TYPES)}")
+    return _float_type("dtype", dtype, COMPUTE_TYPES)
+
+
+def _float_type(name: str, dtype: str, known: tuple[str, ...]) -> jnp.dtype:
+    if dtype not in known:
+        raise ConfigError(f"{name}: got {dtype!r}, takes one of {', '.join(known)}")
     return jnp.dtype(dtype)
 
 
-def _placement(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
-    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-
 def _filled(
-    model: Decoder, family: Family, files: WeightFiles, folder: Path, placement: jax.sharding.Sharding | None
+    model: Decoder, family: Family, files: WeightFiles, folder: Path, layout: Layout | None, dtype: jnp.dtype
 ) -> Decoder:
     """``model``, abstract until here, with its parameters read one by one."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -153,15 +190,24 @@ def _filled(
     _check_tensors(shapes, files, model.spec.tie_embeddings, folder)
     filled = []
     for path, value in state:
+        transposed = tensors[path].transposed
+        placement = None if layout is None else _placement(layout, value, transposed)
         array = jax.device_put(files.read(tensors[path].name), placement, may_alias=False)
-        filled.append((path, value.replace(_to_parameter(array, tensors[path].transposed))))
+        filled.append((path, value.replace(_to_parameter(array, transposed, dtype))))
     nnx.update(model, nnx.from_flat_state(filled))
     return model
 
 
-@partial(jax.jit, static_argnums=1)
-def _to_parameter(array: jax.Array, transposed: bool) -> jax.Array:
-    return (array.T if transposed else array).astype(jnp.float32)
+def _placement(layout: Layout, parameter: nnx.Variable, transposed: bool) -> jax.sharding.Sharding:
+    """Of a tensor as it lies in the file: each device gets its own part of it, and no other."""
+    spec = layout.shardings("params", parameter).spec
+    axes = [*spec, *[None] * (len(parameter.get_value().shape) - len(spec))]
+    return layout.named(jax.sharding.PartitionSpec(*(axes[::-1] if transposed else axes)))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _to_parameter(array: jax.Array, transposed: bool, dtype: jnp.dtype) -> jax.Array:
+    return (array.T if transposed else array).astype(dtype)
 
 
 def _check_tensors(shapes: dict[Tensor, tuple[int, ...]], files: WeightFiles, tied: bool, folder: Path) -> None:

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxrft import parallel
 from jaxrft.models.attention import cache_mask, causal_mask
 from jaxrft.models.layers import DecoderLayer, Embedding, LayerCache, Linear, RMSNorm
 from jaxrft.models.precision import matmul_precision
+from jaxrft.models.projection import leading
 from jaxrft.models.rope import rope_tables
 from jaxrft.models.spec import DecoderSpec
+from jaxrft.models.stack import Remat, run_layers
 
 
 class Decoder(nnx.Module):
@@ -22,11 +25,17 @@ class Decoder(nnx.Module):
         spec: its shape and options.
         dtype: type that activations are computed in; parameters are float32.
         rngs: keys for new parameters.
+
+    Attributes:
+        remat: what the backward pass keeps of each layer.
+        scan_layers: whether ``hidden`` runs the layers in a loop.
     """
 
     def __init__(self, spec: DecoderSpec, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.spec = spec
         self.dtype = dtype
+        self.remat = Remat()
+        self.scan_layers = False
         # The config.json and generation_config.json that the model came with, as text: static and hashable.
         self.hf_config: str | None = None
         self.generation_config: str | None = None
@@ -69,14 +78,24 @@ class Decoder(nnx.Module):
             segment_ids: equal for tokens that may see each other.
             media: embeddings of images, video or audio; text decoders take none.
         """
-        return self._run(tokens, lengths, positions, segment_ids, media)[0]
+        if media is not None:
+            raise ValueError("media: this is a text model; it takes none")
+        x, rope, masks = self._start(tokens, positions, segment_ids)
+        windows = list(masks)
+        chosen = [windows.index(self.spec.sliding_window(index)) for index in range(self.spec.num_layers)]
+        x = run_layers(self.layers, x, rope, list(masks.values()), chosen, remat=self.remat, scan=self.scan_layers)
+        return self.final_norm(x)
 
     def prefill(
         self, tokens: Int[Array, "batch time"], lengths: Int[Array, "batch"]
     ) -> tuple[Float[Array, "batch hidden"], list[LayerCache]]:
         """Hidden state of each row's last valid token, and every layer's keys and values."""
-        hidden, caches = self._run(tokens, lengths, None, None, None)
-        return hidden[jnp.arange(tokens.shape[0]), lengths - 1], caches
+        x, rope, masks = self._start(tokens, None, None)
+        caches = []
+        for index, layer in enumerate(self.layers):
+            x, cache = layer(x, rope, masks[self.spec.sliding_window(index)])
+            caches.append(cache)
+        return self.final_norm(x)[jnp.arange(tokens.shape[0]), lengths - 1], caches
 
     def decode(
         self, tokens: Int[Array, "slots"], positions: Int[Array, "slots"], caches: list[LayerCache], window: int
@@ -111,24 +130,21 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
         """Output projection, float32."""
-        kernel, precision = self.output_kernel.astype(hidden.dtype), matmul_precision(hidden.dtype)
-        return jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+        kernel = parallel.gather(self.output_kernel.astype(hidden.dtype), ("embed", "vocab"))
+        precision = matmul_precision(hidden.dtype)
+        logits = jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+        return parallel.constrain(logits, (*leading(logits), None))
 
-    def _windows(self) -> set[int | None]:
-        return {self.spec.sliding_window(index) for index in range(self.spec.num_layers)}
+    def _windows(self) -> list[int | None]:
+        """Every sliding window that occurs, in the order of the layers."""
+        return list(dict.fromkeys(self.spec.sliding_window(index) for index in range(self.spec.num_layers)))
 
-    def _run(self, tokens, lengths, positions, segment_ids, media):
-        if media is not None:
-            raise ValueError("media: this is a text model; it takes none")
+    def _start(self, tokens, positions, segment_ids):
+        """What goes into the first layer, the rotary tables, and the mask of each window that occurs."""
         if positions is None:
             positions = default_positions(tokens, segment_ids)
         rope = rope_tables(positions, self.spec.rope, self.spec.head_dim)
-        masks = {w: causal_mask(tokens.shape[1], w, segment_ids) for w in self._windows()}
-        x, caches = self.embed(tokens), []
-        for index, layer in enumerate(self.layers):
-            x, cache = layer(x, rope, masks[self.spec.sliding_window(index)])
-            caches.append(cache)
-        return self.final_norm(x), caches
+        return self.embed(tokens), rope, {w: causal_mask(tokens.shape[1], w, segment_ids) for w in self._windows()}
 
 
 def default_positions(

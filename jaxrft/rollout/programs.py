@@ -13,19 +13,22 @@ state in Python.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrft.parallel import Layout
 from jaxrft.rollout.sampling import Mode, SamplingValues, draw
 from jaxrft.rollout.slots import Cache, Placement, SlotState, advance, copy_rows, empty_state, place, resize
 
@@ -47,14 +50,15 @@ class Programs:
 
     Args:
         graphdef, treedef: the model and its parameters, without arrays.
-        mesh: devices that the parameters lie on; its axis ``replica`` shares out the slots. None: one device.
+        mesh: devices that the parameters lie on, which share out slots and heads; None: one device.
 
     Attributes:
         compiled: name, shapes and static arguments of every program that was compiled.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None):
-        self._graphdef, self._treedef, self._mesh = graphdef, treedef, mesh
+        self._graphdef, self._treedef = graphdef, treedef
+        self._layout = None if mesh is None else Layout(mesh, decoding=True)
         self.compiled: set[tuple[Any, ...]] = set()
         self._start = jax.jit(self._sharing(empty_state), static_argnames="slots")
         self._empty = jax.jit(self._empty_impl, static_argnames=("slots", "length"))
@@ -142,13 +146,18 @@ class Programs:
     def _model(self, leaves: tuple[Array, ...]) -> Any:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
+    def _traced(self) -> AbstractContextManager[Any]:
+        """The context in which the model's code is traced."""
+        return contextlib.nullcontext() if self._layout is None else self._layout.use()
+
     def _empty_impl(self, leaves, *, slots, length):
         return self._share_out(self._model(leaves).init_cache(slots, length))
 
     def _prefill_impl(self, leaves, tokens, lengths):
-        model = self._model(leaves)
-        hidden, caches = model.prefill(*self._share_out((tokens, lengths)))
-        return self._share_out(Prefilled(model.logits(hidden), caches))
+        with self._traced():
+            model = self._model(leaves)
+            hidden, caches = model.prefill(*self._share_out((tokens, lengths)))
+            return self._share_out(Prefilled(model.logits(hidden), caches))
 
     def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
         window = caches[0].key.shape[2]
@@ -170,7 +179,8 @@ class Programs:
             return step + 1, advance(state, drawn, values), caches, log
 
         carry = (jnp.int32(0), state, caches, log)
-        _, state, caches, log = jax.lax.while_loop(unfinished, one_token, carry)
+        with self._traced():
+            _, state, caches, log = jax.lax.while_loop(unfinished, one_token, carry)
         floats = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (log.logprobs, log.sampled_logprobs)]
         packed = jnp.concatenate([log.tokens, *floats, state.produced[None], state.done[None].astype(jnp.int32)])
         return self._share_out(state), self._share_out(caches), packed
@@ -185,14 +195,14 @@ class Programs:
         return run
 
     def _share_out(self, tree: Any) -> Any:
-        """Splits the first axis of every array over the replicas, where it divides."""
-        mesh = self._mesh
-        if mesh is None:
+        """Splits first axes over the devices that take rows, and caches over those that take heads."""
+        layout = self._layout
+        if layout is None:
             return tree
 
         def sharding(x: jax.Array) -> NamedSharding:
-            divides = x.shape[0] % mesh.shape.get("replica", 1) == 0
-            return NamedSharding(mesh, PartitionSpec("replica" if divides else None))
+            axes = ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch",) + (None,) * (x.ndim - 1)
+            return layout.named(layout.activation(axes, x.shape))
 
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(sharding, tree))
 

@@ -42,6 +42,7 @@ class Cycle:
             shared["rewards/errors"] += baseline.scores.errors
         left = self.trainer.total_steps - self.learner.step
         with self._run.phases("training", min(left, self.config.updates_per_rollout), interruptible=False) as progress:
+            self.trainer.take_back()
             updates, advantages, tokens = self._train(number, drawn, baseline, left, progress)
             self.trainer.hand_over()
         self._run.record["rollouts"] = number + 1

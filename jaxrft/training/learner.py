@@ -13,11 +13,13 @@ from flax import nnx
 
 from jaxrft import algorithms as alg
 from jaxrft.config import RLConfig
-from jaxrft.parallel import batch_sharding, replicated
+from jaxrft.parallel import Layout, replicated
+from jaxrft.parallel.host import to_device, to_host
+from jaxrft.parallel.rules import SHARDING_AXES
 from jaxrft.training.audit import Audit
 from jaxrft.training.batch import Sample, TrainBatch, make_batch, select_parts
 from jaxrft.training.optimizer import adamw, schedule
-from jaxrft.training.step import init_state, make_score, make_train_step
+from jaxrft.training.step import Placement, init_state, make_score, make_train_step
 
 UNBOUNDED = np.full((2,), np.inf, np.float32)
 
@@ -29,17 +31,24 @@ class Learner:
         config: of the run.
         recipe: the algorithm.
         model: whose parameters are trained. Its arrays are donated to the first step; ``publish`` gives it new ones.
-        mesh: where everything lies.
+        layout: mesh and strategy.
         total_steps: optimizer steps of the whole run, for the learning rate's schedule.
     """
 
-    def __init__(self, config: RLConfig, recipe: alg.Recipe, model: nnx.Module, mesh: Any, total_steps: int):
-        self.config, self.recipe, self.model, self.mesh = config, recipe, model, mesh
+    def __init__(self, config: RLConfig, recipe: alg.Recipe, model: nnx.Module, layout: Layout, total_steps: int):
+        self.config, self.recipe, self.model, self.layout = config, recipe, model, layout
+        self.placement = Placement(layout, config.memory.offload_optimizer)
         self.graphdef, params = nnx.split(model)
         self.optimizer = adamw(config)
+        scale = (config.model.loss_scale or 65536.0) if config.model.dtype == "float16" else None
+        like = jax.eval_shape(lambda: init_state(params, self.optimizer, scale))
+        # Moments are made where they belong: whole ones of a large model would not fit on one device.
+        self._init = jax.jit(
+            lambda params: init_state(params, self.optimizer, scale), out_shardings=self.placement.shardings(like)
+        )
         self.reset(params)
         self.reference: Any = None
-        self._score = make_score(self.graphdef)
+        self._score = make_score(self.graphdef, layout)
         # A KL in the rewards is in the advantages already.
         objective = dataclasses.replace(recipe.policy, kl_coef=0.0) if recipe.kl.kl_in_reward else recipe.policy
         self._step = make_train_step(
@@ -48,14 +57,16 @@ class Learner:
             schedule(config, total_steps),
             objective,
             config.max_grad_norm,
+            placement=self.placement,
+            like=like,
+            growth_steps=config.model.loss_scale_steps or 2000,
             num_groups=config.rollout_prompts,
             seed=config.seed,
         )
 
     def reset(self, params: Any) -> None:
         """Starts anew from ``params``, with an optimizer that has seen nothing."""
-        params = jax.device_put(params, replicated(self.mesh))
-        self.state = jax.device_put(init_state(params, self.optimizer), replicated(self.mesh))
+        self.state = self._init(jax.device_put(params, self.layout.shardings("params", params)))
 
     @property
     def step(self) -> int:
@@ -69,15 +80,32 @@ class Learner:
 
     def keep_reference(self) -> None:
         """Copies the present parameters as the frozen reference: the originals are donated to the next step."""
-        self.reference = jax.tree.map(jnp.copy, self.state.params)
+        copy = jax.tree.map(jnp.copy, self.state.params)
+        self.hold_reference(copy)
+
+    def hold_reference(self, params: Any) -> None:
+        """Takes ``params`` as the reference; they lie in the host's memory between uses where the config says so."""
+        self.reference = to_host(params) if self.config.memory.offload_reference else params
 
     def publish(self) -> None:
         """Hands the present arrays to the module: those it held were donated."""
         nnx.update(self.model, self.state.params)
 
+    @property
+    def copies_for_rollout(self) -> bool:
+        """Whether an engine needs a copy of the parameters: one that is not sharded for training."""
+        return self.layout.shards("params") and any(self.layout.mesh.shape[name] > 1 for name in SHARDING_AXES)
+
+    def for_rollout(self, params: Any) -> Any:
+        """Parameters as an engine reads them at every token: whole but for tensor parallelism."""
+        if not self.copies_for_rollout:
+            return params
+        whole = dataclasses.replace(self.layout, strategy="ddp")
+        return jax.device_put(params, whole.shardings("params", params))
+
     def prepare(self, samples: Sequence[Sample], *, score_old: bool) -> TrainBatch:
         """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for."""
-        rows = self.config.per_device_train_batch_size * self.config.parallel.replica
+        rows = self.config.per_device_train_batch_size * self.config.parallel.data_devices
         batch = make_batch(
             samples,
             rows,
@@ -89,7 +117,7 @@ class Learner:
             old = self._score(self.state.params, batch)
             batch = dataclasses.replace(batch, old_logprobs=old, use_old=jnp.ones_like(batch.use_old))
         if self.needs_reference:
-            batch = dataclasses.replace(batch, ref_logprobs=self._score(self.reference, batch))
+            batch = dataclasses.replace(batch, ref_logprobs=self._score(to_device(self.reference), batch))
         return batch
 
     def update(
@@ -116,6 +144,13 @@ class Learner:
             yield values
 
     def _place(self, batch: TrainBatch) -> TrainBatch:
-        rows = batch_sharding(self.mesh, axis=1)
-        whole = replicated(self.mesh)
-        return jax.tree.map(lambda a: jax.device_put(a, rows if a.ndim > 1 else whole), batch)
+        """What the model runs over lies with the rows' devices; what the loss alone reads, small, on all."""
+        whole = replicated(self.layout.mesh)
+        axes = {"tokens": (None, "batch", "time"), "lengths": (None, "batch")}
+        placed: dict[str, Any] = {}
+        for field in dataclasses.fields(batch):
+            value = getattr(batch, field.name)
+            names = axes.get(field.name)
+            spec = whole if names is None else self.layout.named(self.layout.activation(names, value.shape))
+            placed[field.name] = None if value is None else jax.device_put(value, spec)
+        return TrainBatch(**placed)

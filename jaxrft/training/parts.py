@@ -13,6 +13,9 @@ from jaxrft.config.rl import RECIPE_FIELDS
 from jaxrft.data.functions import first_line, load_function, names_function
 from jaxrft.data.prompts import PromptSet
 from jaxrft.models.decoder import Decoder
+from jaxrft.models.spec import DecoderSpec
+from jaxrft.models.stack import Remat
+from jaxrft.parallel import Layout, make_mesh
 from jaxrft.rollout import NativeEngine
 
 
@@ -26,36 +29,102 @@ def build_tokenizer(config: RLConfig, model: str | Path | Decoder | None, given:
     return data.load_tokenizer(str(source), config.data.chat_template)
 
 
-def build_model(config: RLConfig, model: str | Path | Decoder | None, tokenizer: Any, mesh: Any) -> Decoder:
-    """The module given, or one loaded or made as the config says; it must have room for the tokens and their number."""
-    built = model if isinstance(model, Decoder) else _make_model(config, model, tokenizer, mesh)
-    if len(tokenizer) > built.spec.vocab_size:
+def build_layout(config: RLConfig) -> Layout:
+    """Mesh and strategy.
+
+    Raises:
+        ConfigError: there are fewer devices.
+    """
+    sizes = config.parallel
+    try:
+        mesh = make_mesh(sizes.replica, sizes.fsdp, sizes.sequence, sizes.tensor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Layout(mesh, sizes.chosen_strategy)
+
+
+def model_spec(config: RLConfig, model: str | Path | Decoder | None, tokenizer: Any) -> DecoderSpec:
+    """What the model will be, before it is loaded; it must have room for the tokens and their number.
+
+    Raises:
+        ConfigError: it has not, its heads cannot be divided among the devices, or there is no such model.
+    """
+    spec = model.spec if isinstance(model, Decoder) else _read_spec(config, model, tokenizer)
+    if len(tokenizer) > spec.vocab_size:
         raise ConfigError(
-            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary {built.spec.vocab_size}; "
+            f"model.tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary {spec.vocab_size}; "
             "use the model's own tokenizer"
         )
     longest = config.max_prompt_length + config.max_completion_length
-    if longest > built.spec.max_positions:
+    if longest > spec.max_positions:
         raise ConfigError(
             f"max_completion_length: prompts of {config.max_prompt_length} tokens (max_prompt_length) and completions "
-            f"of {config.max_completion_length} are longer than the {built.spec.max_positions} that the model is made "
+            f"of {config.max_completion_length} are longer than the {spec.max_positions} that the model is made "
             "for (max_position_embeddings); lower one of them"
         )
+    _check_divides(config, spec)
+    return spec
+
+
+def _read_spec(config: RLConfig, model: str | Path | None, tokenizer: Any) -> DecoderSpec:
+    source = model if model is not None else config.model.path
+    if source is None:
+        return models.spec_from_config(_described(config, tokenizer))
+    try:
+        return models.spec_of(str(source))
+    except ConfigError as error:
+        raise ConfigError(f"model.path: {error}") from error
+
+
+def build_model(
+    config: RLConfig, model: str | Path | Decoder | None, tokenizer: Any, layout: Layout, remat: str
+) -> Decoder:
+    """The module given, or one loaded or made as the config says.
+
+    Args:
+        remat: policy, as planned.
+    """
+    built = model if isinstance(model, Decoder) else _make_model(config, model, tokenizer, layout)
+    try:
+        built.remat = Remat(remat, tuple(config.memory.remat_names))
+    except ValueError as error:
+        raise ConfigError(f"memory.{error}") from error
+    built.scan_layers = config.memory.scan_layers
     return built
 
 
-def _make_model(config: RLConfig, model: str | Path | None, tokenizer: Any, mesh: Any) -> Decoder:
+def _make_model(config: RLConfig, model: str | Path | None, tokenizer: Any, layout: Layout) -> Decoder:
     source = model if model is not None else config.model.path
-    if source is not None:
-        try:
-            return models.load(str(source), dtype=config.model.dtype, mesh=mesh)
-        except ConfigError as error:
-            raise ConfigError(f"model.path: {error}") from error
+    options: dict[str, Any] = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype, "layout": layout}
+    if source is None:
+        return models.from_config(_described(config, tokenizer), seed=config.seed, **options)
+    try:
+        return models.load(str(source), **options)
+    except ConfigError as error:
+        raise ConfigError(f"model.path: {error}") from error
+
+
+def _described(config: RLConfig, tokenizer: Any) -> dict[str, Any]:
+    """The config.json of a model made from scratch."""
     if config.model.scratch is None:
         raise ConfigError("model.path: got None; name a folder or hub model, or describe one in model.scratch")
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    described = {"vocab_size": len(tokenizer), **special, **config.model.scratch}
-    return models.from_config(described, dtype=config.model.dtype, seed=config.seed, mesh=mesh)
+    return {"vocab_size": len(tokenizer), **special, **config.model.scratch}
+
+
+def _check_divides(config: RLConfig, spec: DecoderSpec) -> None:
+    """Refuses devices among which the model's heads cannot be divided: each would compute all of them.
+
+    Raises:
+        ConfigError: such devices are asked for.
+    """
+    tensor = config.parallel.tensor
+    for what, size in {"attention heads": spec.num_heads, "feed-forward channels": spec.intermediate_size}.items():
+        if size % tensor:
+            fitting = [n for n in range(tensor, 0, -1) if spec.num_heads % n == 0 and spec.intermediate_size % n == 0]
+            raise ConfigError(
+                f"parallel.tensor: got {tensor}, which does not divide the model's {size} {what}; takes {fitting[0]}"
+            )
 
 
 def build_prompts(config: RLConfig, dataset: Any, tokenizer: Any, name: str) -> PromptSet | None:
@@ -136,7 +205,7 @@ def _check_recipe(config: RLConfig, recipe: alg.Recipe) -> None:
             f"algorithm.{field}: {getattr(config.algorithm, field)} needs a critic, which this version does not have; "
             f"takes another, such as {other}"
         )
-    rows = config.per_device_train_batch_size * config.parallel.replica
+    rows = config.per_device_train_batch_size * config.parallel.data_devices
     if recipe.policy.grouped and rows % config.num_generations:
         raise ConfigError(
             f"per_device_train_batch_size: got {rows} completions in a micro-batch, takes a multiple of "

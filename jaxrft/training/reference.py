@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from jaxrft.config import ConfigError
+from jaxrft.parallel.host import to_device
 from jaxrft.training.checkpoint import Checkpoints
 from jaxrft.training.folder import RunFolder
 from jaxrft.training.learner import Learner
@@ -14,7 +15,7 @@ def keep_reference(learner: Learner, folder: RunFolder) -> None:
     """Makes the present parameters the reference, and saves them."""
     learner.keep_reference()
     with contextlib.closing(Checkpoints(folder.reference, limit=1)) as store:
-        store.save(0, learner.reference, {}, {})
+        store.save(0, to_device(learner.reference), {}, {})
         store.wait()
 
 
@@ -30,4 +31,4 @@ def load_reference(learner: Learner, folder: RunFolder) -> None:
         raise ConfigError(
             f"beta: {folder.reference} holds no reference model; a run that began without a KL cannot gain one"
         )
-    learner.reference = restored.state
+    learner.hold_reference(restored.state)

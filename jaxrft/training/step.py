@@ -15,6 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxrft import algorithms as alg
+from jaxrft.parallel import Layout, replicated
+from jaxrft.parallel.host import host_shardings
+from jaxrft.parallel.loss_scale import LossScale, adjust, initial_loss_scale
+from jaxrft.parallel.rounding import cast_like
 from jaxrft.training.batch import TrainBatch
 from jaxrft.training.forward import AnyArray, response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
@@ -32,27 +36,67 @@ class TrainState:
 
     Attributes:
         params: the model's parameters, as ``nnx.split`` gives them.
-        opt_state: the optimizer's.
+        opt_state: the optimizer's; its moments are float32.
         step: optimizer steps made, skipped ones included.
         skipped: steps that changed nothing, because a gradient was not finite or no token was to be trained.
+        loss_scale: with float16 alone.
     """
 
     params: Any
     opt_state: Any
     step: Int[Array, ""]
     skipped: Int[Array, ""]
+    loss_scale: LossScale | None = None
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step."""
+def init_state(params: Any, optimizer: optax.GradientTransformation, loss_scale: float | None = None) -> TrainState:
+    """State before the first step.
+
+    Args:
+        loss_scale: the first one, with float16.
+    """
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params=params, opt_state=optimizer.init(params), step=zero, skipped=zero + 0)
+    moments = optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    scale = None if loss_scale is None else initial_loss_scale(loss_scale)
+    return TrainState(params=params, opt_state=moments, step=zero, skipped=zero + 0, loss_scale=scale)
 
 
-def make_score(graphdef: nnx.GraphDef) -> Callable[[Any, TrainBatch], Float[Array, "parts rows response"]]:
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a train state lies, between steps and within one.
+
+    Attributes:
+        layout: mesh and strategy.
+        offload_optimizer: optimizer moments lie in the host's memory between steps.
+    """
+
+    layout: Layout
+    offload_optimizer: bool = False
+
+    def shardings(self, state: TrainState) -> TrainState:
+        """Of a state, which may be abstract, between steps."""
+        whole = replicated(self.layout.mesh)
+        moments = self.layout.shardings("moments", state.opt_state)
+        return TrainState(
+            params=self.layout.shardings("params", state.params),
+            opt_state=host_shardings(moments) if self.offload_optimizer else moments,
+            step=whole,
+            skipped=whole,
+            loss_scale=jax.tree.map(lambda _: whole, state.loss_scale),
+        )
+
+    def lay(self, kind: str, tree: Any) -> Any:
+        """Inside a program: a tree of parameters, gradients or moments where the strategy has them on the devices."""
+        return jax.lax.with_sharding_constraint(tree, self.layout.shardings(kind, tree))
+
+
+def make_score(
+    graphdef: nnx.GraphDef, layout: Layout
+) -> Callable[[Any, TrainBatch], Float[Array, "parts rows response"]]:
     """A program that gives every response token's log-probability under some parameters."""
 
     @jax.jit
+    @_under(layout)
     def score(params: Any, batch: TrainBatch) -> Float[Array, "parts rows response"]:
         model = nnx.merge(graphdef, params)
 
@@ -71,8 +115,11 @@ def make_train_step(
     objective: alg.PolicyObjective,
     max_grad_norm: float,
     *,
+    placement: Placement,
+    like: TrainState,
     num_groups: int = 1,
     seed: int = 0,
+    growth_steps: int = 2000,
 ) -> TrainStep:
     """A program for one optimizer step; it donates the state it is given.
 
@@ -80,11 +127,14 @@ def make_train_step(
     not finite, nothing is updated. Infinite after the audit. Its fourth is the weight of the KL in the loss.
 
     Args:
+        placement: where the state lies.
+        like: a state of the structure that the program takes; it may be abstract.
         num_groups: groups of a rollout, where the objective compares the samples of one.
-        seed: of the objective's random choices; each step draws anew.
+        seed: of the objective's random choices and of stochastic rounding; each step draws anew.
+        growth_steps: steps without an overflow after which the loss scale is doubled, with float16.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @_under(placement.layout)
     def train_step(
         state: TrainState,
         batch: TrainBatch,
@@ -97,34 +147,81 @@ def make_train_step(
         if objective.kl_coef > 0:
             shared["kl_coef"] = kl_coef
         selection = _select(graphdef, objective, state.params, batch, key)
-        loss = functools.partial(_micro_loss, graphdef, objective, shared)
-        gradients, stats = _accumulate(loss, state.params, (batch, selection))
+        scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.value
+        loss = functools.partial(_micro_loss, graphdef, objective, shared, scale)
+        gradients, stats = _accumulate(loss, state.params, (batch, selection), placement)
+        gradients = jax.tree.map(lambda g: g / scale, gradients)
         norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(stats["loss"])
         # Without a token to train on, momentum and weight decay would still move the parameters.
-        sound = jnp.isfinite(norm) & jnp.isfinite(stats["loss"]) & (whole.tokens > 0)
+        sound = finite & (whole.tokens > 0)
         deviations = jnp.stack([stats["ratio/deviation_mean"], stats["ratio/deviation_max"]])
         healthy = sound & jnp.all(deviations <= ratio_bounds)
         rate = schedule(state.step)
-        directions, opt_state = optimizer.update(
-            clip_by_norm(gradients, norm, max_grad_norm), state.opt_state, state.params
-        )
-        params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), state.params, directions)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(healthy, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        params, opt_state = _updated(
+            state, optimizer, clip_by_norm(gradients, norm, max_grad_norm), rate, healthy, placement,
+            jax.random.fold_in(key, 1),
+        )  # fmt: skip
         skipped = state.skipped + (~sound).astype(jnp.int32)
         stats |= {"grad_norm": norm, "learning_rate": rate, "skipped_steps": skipped}
-        return TrainState(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped), stats
+        loss_scale = state.loss_scale
+        if loss_scale is not None:
+            stats["loss_scale"] = scale
+            loss_scale = adjust(loss_scale, finite, growth_steps)
+        new = TrainState(
+            params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped, loss_scale=loss_scale
+        )
+        return new, stats
 
-    return train_step
+    out = (placement.shardings(like), replicated(placement.layout.mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
-def _accumulate(loss, params, batch):
-    """Gradients and statistics of all micro-batches: sums, since each part is weighted by the whole's counts."""
+def _under(layout: Layout) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function that is traced for a layout."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            with layout.use():
+                return function(*arguments)
+
+        return run
+
+    return wrap
+
+
+def _updated(state: TrainState, optimizer, gradients, rate, healthy, placement: Placement, key) -> tuple[Any, Any]:
+    """Parameters and moments after a step; the old ones where it is not ``healthy``.
+
+    The update is computed where the moments lie: in zero1 and zero2 each device changes its share of the parameters,
+    and whole ones are gathered from these.
+    """
+    before = placement.lay("moments", state.params)
+    moments = state.opt_state
+    if placement.offload_optimizer:
+        moments = jax.device_put(moments, placement.layout.shardings("moments", moments))
+    directions, opt_state = optimizer.update(placement.lay("moments", gradients), moments, before)
+    moved = jax.tree.map(lambda p, d: p.astype(jnp.float32) - rate * d, before, directions)
+    params = cast_like(key, moved, before)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(healthy, new, old), (params, opt_state), (before, moments)
+    )
+    if placement.offload_optimizer:
+        opt_state = jax.device_put(opt_state, host_shardings(placement.layout.shardings("moments", opt_state)))
+    return placement.lay("params", params), opt_state
+
+
+def _accumulate(loss, params, batch, placement: Placement):
+    """Gradients and statistics of all micro-batches: sums, since each part is weighted by the whole's counts.
+
+    Gradients are summed in float32, and lie where the strategy has them.
+    """
 
     def one(part):
         (_, stats), gradients = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return gradients, stats
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        return placement.lay("gradients", gradients), stats
 
     if batch[0].tokens.shape[0] == 1:
         gradients, stats = one(jax.tree.map(lambda a: a[0], batch))
@@ -134,7 +231,8 @@ def _accumulate(loss, params, batch):
         gradients, stats = one(part)
         return jax.tree.map(jnp.add, total, gradients), stats
 
-    gradients, stats = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    gradients, stats = jax.lax.scan(add, placement.lay("gradients", zeros), batch)
     return gradients, alg.merge_stats(stats)
 
 
@@ -166,7 +264,7 @@ def _old(part: TrainBatch, logprobs):
     return jnp.where(part.use_old, part.old_logprobs, jax.lax.stop_gradient(logprobs))
 
 
-def _micro_loss(graphdef, objective, shared, params, part: tuple[TrainBatch, alg.Selection | None]):
+def _micro_loss(graphdef, objective, shared, scale, params, part: tuple[TrainBatch, alg.Selection | None]):
     batch, selection = part
     logprobs, entropy = _forward(nnx.merge(graphdef, params), batch)
     old = _old(batch, logprobs)
@@ -183,7 +281,7 @@ def _micro_loss(graphdef, objective, shared, params, part: tuple[TrainBatch, alg
         selection=selection,
         **shared,
     )
-    return loss, stats | {"loss": loss} | _sampler_stats(old, entropy, batch, shared["whole"])
+    return loss * scale, stats | {"loss": loss} | _sampler_stats(old, entropy, batch, shared["whole"])
 
 
 def _sampler_stats(old, entropy, part: TrainBatch, whole: alg.Totals) -> Stats:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxrft import algorithms as alg
+from jaxrft.parallel import Layout
 from jaxrft.tracking import Tracker, learning_curve, read_metrics
 from jaxrft.training.folder import RunFolder
 from jaxrft.training.rollouts import RolloutBatch
@@ -33,12 +34,19 @@ def announce(tracker: Tracker, trainer: RLTrainer, continued_from: int | None) -
     rows += [
         ("rollout", f"{config.rollout_prompts} prompts x {config.num_generations} completions"),
         ("updates", f"{config.updates_per_rollout} a rollout, {trainer.total_steps} in all"),
-        ("devices", f"{trainer.mesh.size} x {trainer.mesh.devices.flat[0].device_kind}"),
+        ("devices", _devices(trainer.layout)),
         ("folder", str(trainer.folder.path)),
     ]
     if continued_from is not None:
         rows.append(("continues", f"from step {continued_from}"))
     tracker.console.banner("jaxrft", rows)
+
+
+def _devices(layout: Layout) -> str:
+    """How many, of what kind, and what they share."""
+    mesh = layout.mesh
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f": {layout.strategy}, {sizes}" if sizes else "")
 
 
 def described(recipe: alg.Recipe) -> str:

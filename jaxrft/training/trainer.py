@@ -11,7 +11,7 @@ from jaxrft import models
 from jaxrft.config import ConfigError, RLConfig, environment
 from jaxrft.data.order import PromptOrder
 from jaxrft.models.decoder import Decoder
-from jaxrft.parallel import make_mesh
+from jaxrft.models.spec import DecoderSpec
 from jaxrft.tracking.console import Console
 from jaxrft.tracking.timing import PhaseTimer
 from jaxrft.training import parts
@@ -20,6 +20,7 @@ from jaxrft.training.folder import RunFolder
 from jaxrft.training.learner import Learner
 from jaxrft.training.metrics import evaluation_metrics
 from jaxrft.training.phases import Phases
+from jaxrft.training.plan import Plan, check_plan, make_plan, usable_bytes
 from jaxrft.training.rollouts import RolloutBatch, evaluation_sampling
 
 
@@ -62,9 +63,11 @@ class RLTrainer:
             if prompts is not None:
                 self.rewards.check(prompts.prompts[0].columns)
         self.order = self._make_order()
-        self.mesh = self._make_mesh()
-        self.model = parts.build_model(self.config, model, self.tokenizer, self.mesh)
-        self.learner = Learner(self.config, self.recipe, self.model, self.mesh, self.total_steps)
+        self.layout = parts.build_layout(self.config)
+        spec = parts.model_spec(self.config, model, self.tokenizer)
+        self.plan = self._make_plan(spec)
+        self.model = parts.build_model(self.config, model, self.tokenizer, self.layout, self.plan.remat)
+        self.learner = Learner(self.config, self.recipe, self.model, self.layout, self.total_steps)
         self.learner.publish()
         self.engine = parts.build_engine(self.config, self.model, self.tokenizer)
         self.collector = Collector(self.engine, self.tokenizer, self.rewards)
@@ -122,7 +125,13 @@ class RLTrainer:
     def hand_over(self) -> None:
         """Gives the engine and the module the arrays that now hold the policy: those they had were donated."""
         self.learner.publish()
-        self.engine.update_weights(self.learner.state.params, self.learner.step)
+        self.engine.wake()
+        self.engine.update_weights(self.learner.for_rollout(self.learner.state.params), self.learner.step)
+
+    def take_back(self) -> None:
+        """Before an update: an engine with a copy of the parameters lets go of it, so that training has its memory."""
+        if self.learner.copies_for_rollout:
+            self.engine.sleep(level=2)
 
     def close(self) -> None:
         """Ends the engine and what the rewards keep running; the trainer cannot be used after."""
@@ -138,14 +147,22 @@ class RLTrainer:
         rollouts = math.ceil(round(self.config.num_train_epochs * self.order.rollouts_per_epoch, 9))
         return rollouts * self.config.updates_per_rollout
 
+    def _make_plan(self, spec: DecoderSpec) -> Plan:
+        """The memory plan, shown and checked before anything is loaded."""
+        device = self.layout.mesh.devices.flat[0]
+        plan = make_plan(
+            self.config,
+            spec,
+            self.layout,
+            reference=self.recipe.policy.kl_coef > 0,
+            limit=usable_bytes(self.config, device),
+        )
+        print(plan, flush=True)
+        check_plan(plan)
+        return plan
+
     def _make_order(self) -> PromptOrder | None:
         if self.train_prompts is None:
             return None
         count, batch = len(self.train_prompts.prompts), self.config.rollout_prompts
         return PromptOrder(count, batch, seed=self.config.seed, shuffle=self.config.shuffle_dataset)
-
-    def _make_mesh(self) -> Any:
-        try:
-            return make_mesh(self.config.parallel.replica)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error

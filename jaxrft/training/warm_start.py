@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from jaxrft.config import ConfigError, WarmStartConfig
 from jaxrft.data.order import PromptOrder
 from jaxrft.data.records import Prompt
 from jaxrft.data.tokenizers import encode_text
+from jaxrft.parallel import replicated
 from jaxrft.tracking import Tracker
 from jaxrft.training.batch import Sample, TrainBatch, make_batch
 from jaxrft.training.forward import response_logprobs
@@ -27,6 +27,7 @@ from jaxrft.training.phases import Phases
 from jaxrft.training.rollouts import evaluation_sampling
 
 if TYPE_CHECKING:
+    from jaxrft.training.learner import Learner
     from jaxrft.training.trainer import RLTrainer
 
 
@@ -84,9 +85,10 @@ class SupervisedStage:
         # Each stage draws its order from a seed of its own.
         order = PromptOrder(len(samples), min(settings.batch_size, len(samples)), seed=self.config.seed + 1)
         optimizer = optax.scale_by_adam(b2=0.99)
-        step_fn = _make_step(learner.graphdef, optimizer, settings)
+        step_fn = _make_step(learner, optimizer, settings)
         params = learner.state.params
-        opt_state = optimizer.init(params)
+        like = jax.eval_shape(optimizer.init, params)
+        opt_state = jax.jit(optimizer.init, out_shardings=learner.layout.shardings("moments", like))(params)
         longest = max(samples, key=lambda s: len(s.prompt_ids) + len(s.response_ids))
         self._look(params, 0, {})
         try:
@@ -105,7 +107,7 @@ class SupervisedStage:
         self.check()
         accuracy = 0.0
         if self.trainer.eval_prompts is not None:
-            self.trainer.engine.update_weights(params, -1)
+            self.trainer.engine.update_weights(self.trainer.learner.for_rollout(params), -1)
             prompts = self.trainer.eval_prompts.prompts
             sampling = dataclasses.replace(evaluation_sampling(self.config), temperature=0.0)
             _, texts = self.trainer.collector.complete(prompts, 1, sampling, 0, self.phases, "evaluation")
@@ -121,8 +123,9 @@ def _one_shape(chosen: Sequence[Sample], longest: Sample) -> TrainBatch:
     return jax.tree.map(lambda a: a[:, :-1] if a.ndim > 1 else a, batch)
 
 
-def _make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: WarmStartConfig):
+def _make_step(learner: Learner, optimizer: optax.GradientTransformation, config: WarmStartConfig):
     warmup = max(config.max_steps // 10, 1)
+    graphdef, layout = learner.graphdef, learner.layout
 
     def loss_fn(params: Any, batch: TrainBatch) -> Float[Array, ""]:
         model = nnx.merge(graphdef, params)
@@ -130,9 +133,9 @@ def _make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, 
         logprobs, _ = response_logprobs(model, part.tokens, part.prompt_lengths, part.lengths, part.temperature)
         return -jnp.sum(logprobs * alg.token_weights(part.mask, "token_mean", alg.totals(part.mask)))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step_fn(params: Any, opt_state: Any, batch: TrainBatch, step: int):
-        loss, gradients = jax.value_and_grad(loss_fn)(params, batch)
+        with layout.use():
+            loss, gradients = jax.value_and_grad(loss_fn)(params, batch)
         norm = optax.global_norm(gradients)
         directions, moments = optimizer.update(clip_by_norm(gradients, norm, 1.0), opt_state, params)
         rate = config.learning_rate * jnp.minimum(step / warmup, 1.0)
@@ -142,4 +145,7 @@ def _make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, 
         kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), (moved, moments), (params, opt_state))
         return *kept, loss
 
-    return step_fn
+    like = learner.state.params
+    moments = layout.shardings("moments", jax.eval_shape(optimizer.init, like))
+    out = (layout.shardings("params", like), moments, replicated(layout.mesh))
+    return jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)

@@ -12,10 +12,9 @@ from flax import nnx
 from jaxrft.config import RLConfig
 from jaxrft.models.decoder import Decoder
 from jaxrft.models.spec import DecoderSpec
-from jaxrft.parallel import make_mesh
 from jaxrft.training.batch import Sample
 from jaxrft.training.learner import Learner
-from jaxrft.training.parts import build_recipe
+from jaxrft.training.parts import build_layout, build_recipe
 
 VOCAB, LONGEST = 37, 12
 
@@ -61,7 +60,7 @@ def learner_of(model, rows, parts=1, **changes):
         "temperature": 0.8,
     }
     config = RLConfig(**settings | changes)
-    return Learner(config, build_recipe(config), model, make_mesh(config.parallel.replica), total_steps=10)
+    return Learner(config, build_recipe(config), model, build_layout(config), total_steps=10)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from jaxrft import models
 from jaxrft.config import RLConfig
-from jaxrft.parallel import make_mesh
+from jaxrft.parallel import Layout, make_mesh
 from jaxrft.training.batch import Sample
 from jaxrft.training.learner import Learner
 from jaxrft.training.parts import build_recipe
@@ -140,7 +140,9 @@ def test_updates_equal_torch(torch_folder, tmp_path, micro_batches, iterations, 
         gradient_accumulation_steps=micro_batches,
         max_completion_length=10,
     )
-    learner = Learner(config, build_recipe(config), models.load(str(torch_folder)), make_mesh(), UPDATES * iterations)
+    learner = Learner(
+        config, build_recipe(config), models.load(str(torch_folder)), Layout(make_mesh()), UPDATES * iterations
+    )
     learner.keep_reference()
     norms = []
     for update in range(UPDATES):
