@@ -13,6 +13,7 @@ from jaxrft.config.algorithm import AlgorithmConfig
 from jaxrft.config.base import ConfigError, Section, option
 from jaxrft.config.rooms import (
     AuditConfig,
+    BatchingConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -154,6 +155,7 @@ class RLConfig(Section):
     rewards: RewardsConfig = option(factory=RewardsConfig, help="The rewards.")
     rollout: RolloutConfig = option(factory=RolloutConfig, help="The engine.")
     parallel: ParallelConfig = option(factory=ParallelConfig, help="The devices.")
+    batching: BatchingConfig = option(factory=BatchingConfig, help="The micro-batches.")
     algorithm: AlgorithmConfig = option(factory=AlgorithmConfig, help="The algorithm.")
     evaluation: EvaluationConfig = option(factory=EvaluationConfig, help="The evaluation.")
     tracking: TrackingConfig = option(factory=TrackingConfig, help="The loggers.")
@@ -165,6 +167,7 @@ class RLConfig(Section):
         if self.task != "rl":
             raise ConfigError(f"task: got {self.task!r}, which this version does not have yet; takes rl")
         self._check_batches()
+        self._check_packing()
         self._check_schedule()
         self._check_recipe_fields()
         self._check_sampling()
@@ -174,7 +177,7 @@ class RLConfig(Section):
             raise ConfigError(
                 "generation_batch_size: set with steps_per_generation; each follows from the other: remove one"
             )
-        micro = self.per_device_train_batch_size * self.parallel.replica
+        micro = self.per_device_train_batch_size * self.parallel.data_devices
         if self.rollout_samples % micro:
             raise ConfigError(
                 f"generation_batch_size: got {self.rollout_samples}, takes a multiple of per_device_train_batch_size x "
@@ -191,6 +194,16 @@ class RLConfig(Section):
                 "completions of a rollout (per_device_train_batch_size x parallel.replica x steps_per_generation); "
                 "change one of them or set generation_batch_size"
             )
+
+    def _check_packing(self) -> None:
+        longest = self.max_prompt_length + self.max_completion_length
+        for name in ("row_length", "tokens_per_device"):
+            value = getattr(self.batching, name)
+            if value is not None and value < longest:
+                raise ConfigError(
+                    f"batching.{name}: got {value}, takes at least max_prompt_length + max_completion_length "
+                    f"({longest}): the longest sample must fit"
+                )
 
     def _check_schedule(self) -> None:
         if self.warmup_steps and self.warmup_ratio:
@@ -225,7 +238,7 @@ class RLConfig(Section):
         if self.generation_batch_size is not None:
             return self.generation_batch_size
         steps = self.steps_per_generation or self.gradient_accumulation_steps
-        return self.per_device_train_batch_size * self.parallel.replica * steps
+        return self.per_device_train_batch_size * self.parallel.data_devices * steps
 
     @property
     def rollout_prompts(self) -> int:
@@ -235,7 +248,7 @@ class RLConfig(Section):
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one pass over a rollout."""
-        return self.rollout_samples // (self.per_device_train_batch_size * self.parallel.replica)
+        return self.rollout_samples // (self.per_device_train_batch_size * self.parallel.data_devices)
 
     @property
     def updates_per_rollout(self) -> int:

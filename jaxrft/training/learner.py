@@ -15,7 +15,7 @@ from jaxrft import algorithms as alg
 from jaxrft.config import RLConfig
 from jaxrft.parallel import batch_sharding, replicated
 from jaxrft.training.audit import Audit
-from jaxrft.training.batch import Sample, TrainBatch, make_batch, select_parts
+from jaxrft.training.batch import Sample, TrainBatch, longest_bucket, make_batch, pack_batch, select_step
 from jaxrft.training.optimizer import adamw, schedule
 from jaxrft.training.step import init_state, make_score, make_train_step
 
@@ -77,14 +77,7 @@ class Learner:
 
     def prepare(self, samples: Sequence[Sample], *, score_old: bool) -> TrainBatch:
         """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for."""
-        rows = self.config.per_device_train_batch_size * self.config.parallel.replica
-        batch = make_batch(
-            samples,
-            rows,
-            temperature=self.config.temperature,
-            first_token_temperature=self.config.rollout.first_token_temperature,
-        )
-        batch = self._place(batch)
+        batch = self._place(self._batch(samples))
         if score_old:
             old = self._score(self.state.params, batch)
             batch = dataclasses.replace(batch, old_logprobs=old, use_old=jnp.ones_like(batch.use_old))
@@ -104,16 +97,32 @@ class Learner:
             kl_coef: weight of the KL in the loss; None: the recipe's.
         """
         weight = np.float32(self.recipe.policy.kl_coef if kl_coef is None else kl_coef)
-        size = self.config.gradient_accumulation_steps
-        starts = list(range(0, self.config.micro_batches, size)) * self.config.num_iterations
-        for number, start in enumerate(starts[:limit]):
+        steps = self.config.micro_batches // self.config.gradient_accumulation_steps
+        for number in range(min(steps * self.config.num_iterations, limit)):
             bounds = audit.ratio_bounds if audit and number == 0 else UNBOUNDED
-            part = batch if len(starts) == 1 else select_parts(batch, start, start + size)
+            part = batch if steps == 1 else select_step(batch, number % steps, steps)
             self.state, stats = self._step(self.state, part, bounds, weight)
             values = {name: float(value) for name, value in jax.device_get(stats).items()}
             if audit and number == 0:
                 audit.check_ratio(values["ratio/deviation_mean"], values["ratio/deviation_max"])
             yield values
+
+    def _batch(self, samples: Sequence[Sample]) -> TrainBatch:
+        """Padded or packed, as the config says; on the host."""
+        config, devices = self.config, self.config.parallel.data_devices
+        temperatures: dict[str, Any] = {
+            "temperature": config.temperature,
+            "first_token_temperature": config.rollout.first_token_temperature,
+        }
+        micro = config.per_device_train_batch_size * devices
+        if not config.batching.pack:
+            return make_batch(samples, micro, **temperatures)
+        longest = longest_bucket(samples)
+        time = config.batching.row_length or longest
+        tokens = config.batching.tokens_per_device or config.per_device_train_batch_size * longest
+        steps = len(samples) // (micro * config.gradient_accumulation_steps)
+        rows = max(1, tokens // time) * devices
+        return pack_batch(samples, rows, time, steps=steps, devices=devices, **temperatures)
 
     def _place(self, batch: TrainBatch) -> TrainBatch:
         rows = batch_sharding(self.mesh, axis=1)

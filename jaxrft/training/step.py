@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxrft import algorithms as alg
-from jaxrft.training.batch import TrainBatch
+from jaxrft.training.batch import TrainBatch, list_order
 from jaxrft.training.forward import AnyArray, response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
 
@@ -49,17 +49,13 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(params=params, opt_state=optimizer.init(params), step=zero, skipped=zero + 0)
 
 
-def make_score(graphdef: nnx.GraphDef) -> Callable[[Any, TrainBatch], Float[Array, "parts rows response"]]:
+def make_score(graphdef: nnx.GraphDef) -> Callable[[Any, TrainBatch], Float[Array, "parts samples response"]]:
     """A program that gives every response token's log-probability under some parameters."""
 
     @jax.jit
-    def score(params: Any, batch: TrainBatch) -> Float[Array, "parts rows response"]:
+    def score(params: Any, batch: TrainBatch) -> Float[Array, "parts samples response"]:
         model = nnx.merge(graphdef, params)
-
-        def one(part):
-            return response_logprobs(model, *part)[0]
-
-        return jax.lax.map(one, (batch.tokens, batch.prompt_lengths, batch.lengths, batch.temperature))
+        return _map_parts(lambda part: response_logprobs(model, part)[0], batch)
 
     return score
 
@@ -126,16 +122,56 @@ def _accumulate(loss, params, batch):
         (_, stats), gradients = jax.value_and_grad(loss, has_aux=True)(params, part)
         return gradients, stats
 
-    if batch[0].tokens.shape[0] == 1:
-        gradients, stats = one(jax.tree.map(lambda a: a[0], batch))
-        return gradients, stats
+    used, parts = batch[0].used, (dataclasses.replace(batch[0], used=None), batch[1])
+    if parts[0].tokens.shape[0] == 1:
+        return one(_part(parts, 0))
+    zeros = jax.tree.map(jnp.zeros_like, params)
 
     def add(total, part):
         gradients, stats = one(part)
         return jax.tree.map(jnp.add, total, gradients), stats
 
-    gradients, stats = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
-    return gradients, alg.merge_stats(stats)
+    if used is None:
+        gradients, stats = jax.lax.scan(add, zeros, parts)
+        return gradients, alg.merge_stats(stats)
+
+    def add_used(number, totals):
+        gradients, stats = add(totals[0], _part(parts, number))
+        return gradients, alg.merge_stats({k: jnp.stack([totals[1][k], v]) for k, v in stats.items()})
+
+    shapes = jax.eval_shape(one, _part(parts, 0))[1]
+    nothing = {"max": -jnp.inf, "min": jnp.inf}
+    stats = {name: jnp.full(s.shape, nothing.get(name[-3:], 0.0), s.dtype) for name, s in shapes.items()}
+    return _over_used(used, parts[0].tokens.shape[0], add_used, (zeros, stats))
+
+
+def _part(parts, number):
+    return jax.tree.map(lambda a: a[number], parts)
+
+
+def _over_used(used, parts: int, body, start):
+    """``body(number, carry)`` for the number of each micro-batch that holds anything, and for no other."""
+    each = parts // used.shape[0]
+
+    def one_step(step, carry):
+        return jax.lax.fori_loop(step * each, step * each + used[step], body, carry)
+
+    return jax.lax.fori_loop(0, used.shape[0], one_step, start)
+
+
+def _map_parts(function, batch: TrainBatch):
+    """``function`` of each micro-batch, stacked; zeros for those that hold nothing."""
+    used, parts = batch.used, dataclasses.replace(batch, used=None)
+    if used is None:
+        return jax.lax.map(function, parts)
+    count = parts.tokens.shape[0]
+
+    def write(number, arrays):
+        return jax.tree.map(lambda a, value: a.at[number].set(value), arrays, function(_part(parts, number)))
+
+    shapes = jax.eval_shape(function, _part(parts, 0))
+    zeros = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
+    return _over_used(used, count, write, zeros)
 
 
 def _select(graphdef, objective, params, batch: TrainBatch, key) -> alg.Selection | None:
@@ -148,17 +184,16 @@ def _select(graphdef, objective, params, batch: TrainBatch, key) -> alg.Selectio
     model = nnx.merge(graphdef, params)
 
     def forward(part: TrainBatch):
-        logprobs, entropy = _forward(model, part)
+        logprobs, entropy = response_logprobs(model, part)
         return logprobs, _old(part, logprobs), entropy
 
-    logprobs, old, entropies = jax.lax.map(forward, batch)
-    rows = [jnp.reshape(a, (-1, a.shape[-1])) for a in (logprobs, old, batch.advantages, batch.mask, entropies)]
+    logprobs, old, entropies = _map_parts(forward, batch)
+    # Equal ranks and random choices go by the order of the samples, wherever these are packed.
+    order = list_order(batch.sample_ids)
+    arrays = (logprobs, old, batch.advantages, batch.mask, entropies)
+    rows = [jnp.reshape(a, (-1, a.shape[-1]))[order] for a in arrays]
     selection = alg.token_selection(objective, *rows[:4], entropies=rows[4], key=key)
-    return jax.tree.map(lambda a: a.reshape(batch.mask.shape), selection)
-
-
-def _forward(model: Any, part: TrainBatch):
-    return response_logprobs(model, part.tokens, part.prompt_lengths, part.lengths, part.temperature)
+    return jax.tree.map(lambda a: jnp.zeros_like(a).at[order].set(a).reshape(batch.mask.shape), selection)
 
 
 def _old(part: TrainBatch, logprobs):
@@ -168,7 +203,7 @@ def _old(part: TrainBatch, logprobs):
 
 def _micro_loss(graphdef, objective, shared, params, part: tuple[TrainBatch, alg.Selection | None]):
     batch, selection = part
-    logprobs, entropy = _forward(nnx.merge(graphdef, params), batch)
+    logprobs, entropy = response_logprobs(nnx.merge(graphdef, params), batch)
     old = _old(batch, logprobs)
     loss, stats = alg.policy_loss(
         objective,

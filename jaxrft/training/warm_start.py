@@ -127,7 +127,7 @@ def _make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, 
     def loss_fn(params: Any, batch: TrainBatch) -> Float[Array, ""]:
         model = nnx.merge(graphdef, params)
         part = jax.tree.map(lambda a: a[0], batch)
-        logprobs, _ = response_logprobs(model, part.tokens, part.prompt_lengths, part.lengths, part.temperature)
+        logprobs, _ = response_logprobs(model, part)
         return -jnp.sum(logprobs * alg.token_weights(part.mask, "token_mean", alg.totals(part.mask)))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

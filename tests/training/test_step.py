@@ -17,7 +17,7 @@ from jaxrft.config import AlgorithmConfig, AuditConfig, ParallelConfig
 from jaxrft.rollout import NativeEngine
 from jaxrft.training import AuditError
 from jaxrft.training.audit import Audit
-from jaxrft.training.batch import Sample
+from jaxrft.training.batch import Sample, make_batch
 from jaxrft.training.forward import response_logprobs
 from jaxrft.training.learner import UNBOUNDED
 from tests.training.learners import VOCAB, bit_equal, difference, host, make_learner, make_model, make_samples, update
@@ -315,14 +315,20 @@ def test_the_weight_of_the_kl_changes_without_a_new_program():
 # ------------------------------------------------------------------ log-probabilities of responses
 
 
-def test_response_logprobs_are_the_models_at_the_places_of_the_response():
+@pytest.mark.parametrize("pick", [True, False])
+def test_response_logprobs_are_the_models_at_the_places_of_the_response(pick):
     model, rng = make_model(), np.random.default_rng(2)
     prompts, sizes = np.array([1, 4, 2, 1, 3]), np.array([6, 1, 5, 1, 4])
     lengths, longest = prompts + sizes, 7
     tokens = rng.integers(0, VOCAB, (5, longest)).astype(np.int32)
-    temperature = rng.uniform(0.3, 2.0, (5, 8)).astype(np.float32)
-    score = nnx.jit(response_logprobs)
-    logprobs, entropy = map(np.asarray, score(model, tokens, prompts, lengths, temperature))
+    samples = [
+        Sample(prompt_ids=row[:prompt], response_ids=row[prompt : prompt + size], logprobs=np.zeros(size))
+        for row, prompt, size in zip(tokens, prompts, sizes)
+    ]
+    part = jax.tree.map(lambda a: a[0], make_batch(samples, 5, temperature=1.0, pick=pick))
+    temperature = rng.uniform(0.3, 2.0, part.sources.shape).astype(np.float32)
+    np.put(part.temperature, part.sources[part.sources >= 0], temperature[part.sources >= 0])
+    logprobs, entropy = map(np.asarray, nnx.jit(response_logprobs)(model, part))
     logits = np.asarray(model(tokens, lengths), np.float64)
     by_place = np.ones((5, longest - 1), np.float32)
     for row, (prompt, size) in enumerate(zip(prompts, sizes)):
