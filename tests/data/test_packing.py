@@ -38,6 +38,7 @@ def test_samples_are_spread_over_all_rows():
     rows = pack([7, 1, 3, 5, 2, 6, 4, 8], capacity=40, multiple=4, blocks=2)
     assert [sum([7, 1, 3, 5, 2, 6, 4, 8][i] for i in row) for row in rows] == [9, 9, 9, 9]
     assert pack([5], 8, 2) == [[0], []]
+    assert pack([10, 9, 2, 1], 10, 4, 2) == [[0], [3], [1], [2]], "11 tokens for each block"
 
 
 def test_where_samples_cannot_be_spread_they_stand_as_they_first_fit():

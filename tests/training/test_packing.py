@@ -147,21 +147,30 @@ def test_packed_is_padded_is_one_by_one(name):
             assert found[0][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
+def flat_sources(batch):
+    """``sources`` counted over all micro-batches."""
+    return np.arange(len(batch.sources))[:, None, None] * batch.temperature[0].size + batch.sources
+
+
 def test_a_sample_sees_nothing_of_the_others_in_its_row():
     """Its log-probabilities are bit-equal whatever the others are; and the same with all steps projected."""
     graphdef, params = initial_model(VOCAB)
     score = make_score(graphdef)
     samples = ragged(12, 0)
-    batch = packed_of(samples)
+    batch = packed_of(samples, first_token_temperature=1.3)
     before = in_list_order(batch, score(params, batch))
     sizes = np.array([len(s.response_ids) for s in samples])
     assert ((before != 0) == (np.arange(before.shape[1]) < sizes[:, None])).all()
+    temperatures = in_list_order(batch, np.ravel(batch.temperature)[flat_sources(batch)])
+    expected = np.where(np.arange(before.shape[1]) == 0, np.float32(1.3), np.float32(TEMPERATURE))
+    assert (temperatures == expected)[before != 0].all()
     for changed in (0, 5, 11):
         other = dataclasses.replace(samples[changed], prompt_ids=[(t + 1) % VOCAB for t in samples[changed].prompt_ids])
-        after = in_list_order(batch, score(params, packed_of([*samples[:changed], other, *samples[changed + 1 :]])))
+        changed_batch = packed_of([*samples[:changed], other, *samples[changed + 1 :]], first_token_temperature=1.3)
+        after = in_list_order(batch, score(params, changed_batch))
         differs = (before != after).any(axis=1)
         assert differs.tolist() == [i == changed for i in range(12)]
-    everywhere = packed_of(samples, pick=False)
+    everywhere = packed_of(samples, pick=False, first_token_temperature=1.3)
     assert everywhere.places is None
     np.testing.assert_allclose(in_list_order(everywhere, score(params, everywhere)), before, atol=1e-6)
 
@@ -254,7 +263,7 @@ def test_a_rollout_with_a_kl_in_the_rewards_whitened_over_several_steps_and_pass
 
 
 def run(folder, pack=True, **changes):
-    batching = BatchingConfig(pack=pack, row_length=16 if pack else None)
+    batching = BatchingConfig(pack=True, row_length=16, tokens_per_device=16) if pack else BatchingConfig()
     changes = {"steps_per_generation": 2, "save_steps": 2, "beta": 0.05, "batching": batching} | changes
     trainer = RLTrainer(config=tiny_config(folder, **changes), reward_funcs=digits, train_dataset=ROWS)
     trainer.train()

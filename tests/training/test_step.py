@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxrft import models
-from jaxrft.config import AlgorithmConfig, AuditConfig, ParallelConfig
+from jaxrft.config import AlgorithmConfig, AuditConfig, BatchingConfig, ParallelConfig
 from jaxrft.rollout import NativeEngine
 from jaxrft.training import AuditError
 from jaxrft.training.audit import Audit
@@ -106,6 +106,8 @@ SELECTING = AlgorithmConfig(
     correction="truncate",
     correction_level="sequence",
 )
+# One device has 4 rows in each of two micro-batches, eight devices have one row each in one.
+PACKED = {"max_prompt_length": 4, "batching": BatchingConfig(pack=True, row_length=32), "algorithm": SELECTING}
 
 
 def compare_devices(**changes):
@@ -119,9 +121,10 @@ def compare_devices(**changes):
 
 OTHER_PROCESS = """
 import json
-from tests.training.test_step import SELECTING, compare_devices, count_copies, scratch_memory
+from tests.training.test_step import PACKED, SELECTING, compare_devices, count_copies, scratch_memory
 result = {"copies": count_copies(), **compare_devices(), "scratch": scratch_memory(8)}
-print(json.dumps(result | {"selecting": compare_devices(algorithm=SELECTING)}))
+result |= {"selecting": compare_devices(algorithm=SELECTING), "packed": compare_devices(**PACKED)}
+print(json.dumps(result))
 """
 
 
@@ -129,10 +132,11 @@ def test_no_copies_are_kept_and_eight_devices_are_one_that_share_the_work(run_py
     """What only a process of its own can tell: with no other arrays, and with eight devices."""
     result = json.loads(run_python(OTHER_PROCESS, devices=8).stdout.splitlines()[-1])
     assert result["copies"] == [4, 4, 4, 3], "parameters, two moments, the reference"
-    for compared in (result, result["selecting"]):
+    for compared in (result, result["selecting"], result["packed"]):
         assert compared["params"] < 1e-5
         assert compared["stats"] < 1e-4
-        assert compared["programs"] == [1, 1], "one program for all updates"
+        if compared is not result["packed"]:
+            assert compared["programs"] == [1, 1], "one program for all updates"
     assert result["scratch"] < 2**26, "less than the logits of one chunk: each device has an eighth of it"
 
 
