@@ -5,6 +5,7 @@ from jaxrft.config.base import ConfigError, Section
 from jaxrft.config.rl import RLConfig
 from jaxrft.config.rooms import (
     AuditConfig,
+    BatchingConfig,
     DataConfig,
     EvaluationConfig,
     MemoryConfig,
@@ -20,6 +21,7 @@ from jaxrft.config.rooms import (
 __all__ = [
     "AlgorithmConfig",
     "AuditConfig",
+    "BatchingConfig",
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",

@@ -13,6 +13,7 @@ from jaxrft.config.algorithm import AlgorithmConfig
 from jaxrft.config.base import ConfigError, Section, option
 from jaxrft.config.rooms import (
     AuditConfig,
+    BatchingConfig,
     DataConfig,
     EvaluationConfig,
     MemoryConfig,
@@ -156,6 +157,7 @@ class RLConfig(Section):
     rollout: RolloutConfig = option(factory=RolloutConfig, help="The engine.")
     parallel: ParallelConfig = option(factory=ParallelConfig, help="The devices.")
     memory: MemoryConfig = option(factory=MemoryConfig, help="What is kept on the devices.")
+    batching: BatchingConfig = option(factory=BatchingConfig, help="The micro-batches.")
     algorithm: AlgorithmConfig = option(factory=AlgorithmConfig, help="The algorithm.")
     evaluation: EvaluationConfig = option(factory=EvaluationConfig, help="The evaluation.")
     tracking: TrackingConfig = option(factory=TrackingConfig, help="The loggers.")
@@ -167,6 +169,7 @@ class RLConfig(Section):
         if self.task != "rl":
             raise ConfigError(f"task: got {self.task!r}, which this version does not have yet; takes rl")
         self._check_batches()
+        self._check_packing()
         self._check_schedule()
         self._check_recipe_fields()
         self._check_sampling()
@@ -193,6 +196,16 @@ class RLConfig(Section):
                 "completions of a rollout (per_device_train_batch_size x parallel.replica x parallel.fsdp x "
                 "steps_per_generation); change one of them or set generation_batch_size"
             )
+
+    def _check_packing(self) -> None:
+        longest = self.max_prompt_length + self.max_completion_length
+        for name in ("row_length", "tokens_per_device"):
+            value = getattr(self.batching, name)
+            if value is not None and value < longest:
+                raise ConfigError(
+                    f"batching.{name}: got {value}, takes at least max_prompt_length + max_completion_length "
+                    f"({longest}): the longest sample must fit"
+                )
 
     def _check_schedule(self) -> None:
         if self.warmup_steps and self.warmup_ratio:

@@ -202,6 +202,37 @@ class MemoryConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchingConfig(Section):
+    """How samples become the rows of micro-batches."""
+
+    pack: bool = option(
+        False,
+        "Put several samples into one row, so that little padding is computed. The updates stay the same. An optimizer "
+        "step has as many samples as without; its micro-batches follow from their lengths.",
+    )
+    tokens_per_device: int | None = option(
+        None,
+        "Tokens a device takes in one packed micro-batch. None: as many as per_device_train_batch_size of the longest "
+        "samples of this step have.",
+        minimum=1,
+    )
+    row_length: int | None = option(
+        None,
+        "Tokens of a packed row; short rows cost attention less. None: the bucket of the step's longest sample.",
+        minimum=1,
+    )
+
+    def check(self) -> None:
+        for name in ("tokens_per_device", "row_length"):
+            if getattr(self, name) is not None and not self.pack:
+                raise ConfigError(f"{name}: set without pack; set pack=true, or remove it")
+        if self.tokens_per_device is not None and self.tokens_per_device < (self.row_length or 0):
+            raise ConfigError(
+                f"tokens_per_device: got {self.tokens_per_device}, takes at least row_length ({self.row_length})"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
     """How held-out prompts are answered."""
 

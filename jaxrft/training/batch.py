@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrft.data.batching import bucket_length
+from jaxrft.data.packing import pack
+from jaxrft.training.filling import Parts, Shape, fill, shape_of
 from jaxrft.training.forward import AnyArray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """Samples of one optimizer step, in ``parts`` micro-batches of ``rows``.
+    """Samples of one or several optimizer steps, in ``parts`` micro-batches.
+
+    A *row* is what the model runs, a *sample* one completion with its prompt. Padded rows hold one sample each, and
+    the samples of all micro-batches are in the order of the list that they came from. Packed rows hold several; the
+    samples of a micro-batch keep the order of the list, those of a batch do not: ``sample_ids`` say which is where.
 
     Arrays over ``response`` are aligned to the response: column 0 is its first token.
 
     Attributes:
-        tokens: prompt and response, right-padded.
-        prompt_lengths: tokens of the prompt.
-        lengths: tokens of both.
+        tokens: prompts and responses, one sample after another; 0 behind them.
+        lengths: valid tokens of a row.
+        segment_ids: 1, 2, ... for the samples of a packed row, 0 behind them; None for padded rows.
+        places: time index of the token that predicts each response token of the row, one sample after another; 0
+            behind them. Only these are projected to the vocabulary. None: every time step is, and ``picks`` is
+            ``time``.
+        temperature: sampling temperature of the token that each pick predicts.
+        sources: where each response token's log-probability is among ``rows * picks``; -1 where there is none.
+        sample_ids: index of each sample in the list; -1 for an empty place.
         mask: 1 for response tokens that are trained on.
-        temperature: each response token's sampling temperature.
         advantages: of each response token.
         groups: group of each sample, counted over the whole rollout.
         sampler_logprobs: the engine's, 0 where masked.
@@ -33,19 +46,24 @@ class TrainBatch:
         ref_logprobs: the reference's; None without a KL term.
         use_old: whether ``old_logprobs`` hold anything; else this is the first update, and the
             policy's own are the old ones.
+        used: micro-batches of each optimizer step that hold anything, its first ones; None: all do.
     """
 
     tokens: Int[AnyArray, "parts rows time"]
-    prompt_lengths: Int[AnyArray, "parts rows"]
     lengths: Int[AnyArray, "parts rows"]
-    mask: Float[AnyArray, "parts rows response"]
-    temperature: Float[AnyArray, "parts rows response"]
-    advantages: Float[AnyArray, "parts rows response"]
-    groups: Int[AnyArray, "parts rows"]
-    sampler_logprobs: Float[AnyArray, "parts rows response"]
-    old_logprobs: Float[AnyArray, "parts rows response"]
-    ref_logprobs: Float[AnyArray, "parts rows response"] | None
+    segment_ids: Int[AnyArray, "parts rows time"] | None
+    places: Int[AnyArray, "parts rows picks"] | None
+    temperature: Float[AnyArray, "parts rows picks"]
+    sources: Int[AnyArray, "parts samples response"]
+    sample_ids: Int[AnyArray, "parts samples"]
+    mask: Float[AnyArray, "parts samples response"]
+    advantages: Float[AnyArray, "parts samples response"]
+    groups: Int[AnyArray, "parts samples"]
+    sampler_logprobs: Float[AnyArray, "parts samples response"]
+    old_logprobs: Float[AnyArray, "parts samples response"]
+    ref_logprobs: Float[AnyArray, "parts samples response"] | None
     use_old: Bool[AnyArray, "parts"]
+    used: Int[AnyArray, "steps"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +85,28 @@ class Sample:
     trained: bool = True
     group: int = 0
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def longest_bucket(samples: Sequence[Sample], multiple: int = 1) -> int:
+    """Tokens of a row that holds any one of the samples, a multiple of the devices that share its time steps."""
+    bucket = bucket_length(max(s.length for s in samples), minimum=8)
+    return bucket + -bucket % multiple
+
 
 def make_batch(
-    samples: Sequence[Sample], rows: int, *, temperature: float, first_token_temperature: float | None = None
+    samples: Sequence[Sample],
+    rows: int,
+    *,
+    temperature: float,
+    first_token_temperature: float | None = None,
+    pick: bool = True,
+    multiple: int = 1,
 ) -> TrainBatch:
-    """Host arrays of ``len(samples) / rows`` micro-batches, padded to bucketed lengths.
+    """Host arrays of ``len(samples) / rows`` micro-batches, each row one sample, padded to bucketed lengths.
 
     ``old_logprobs`` are zeros and ``ref_logprobs`` None until they are scored.
 
@@ -80,39 +115,88 @@ def make_batch(
         rows: samples of a micro-batch.
         temperature: of the sampling.
         first_token_temperature: of each response's first token, where it differs.
+        pick: project only the response tokens to the vocabulary; else every time step, as where time is sharded.
+        multiple: of which the rows' length must be one.
     """
-    count = len(samples)
-    time = bucket_length(max(len(s.prompt_ids) + len(s.response_ids) for s in samples), minimum=8)
-    response = bucket_length(max(len(s.response_ids) for s in samples), minimum=4)
-    tokens = np.zeros((count, time), np.int32)
-    mask = np.zeros((count, response), np.float32)
-    sampler = np.zeros((count, response), np.float32)
-    for row, sample in enumerate(samples):
-        prompt, size = len(sample.prompt_ids), len(sample.response_ids)
-        tokens[row, :prompt] = sample.prompt_ids
-        tokens[row, prompt : prompt + size] = sample.response_ids
-        mask[row, :size] = float(sample.trained)
-        sampler[row, :size] = sample.logprobs
-    temperatures = np.full((count, response), temperature, np.float32)
-    if first_token_temperature is not None:
-        temperatures[:, 0] = first_token_temperature
-    prompt_lengths = np.array([len(s.prompt_ids) for s in samples], np.int32)
-    batch = TrainBatch(
-        tokens=tokens,
-        prompt_lengths=prompt_lengths,
-        lengths=prompt_lengths + np.array([len(s.response_ids) for s in samples], np.int32),
-        mask=mask,
-        temperature=temperatures,
-        advantages=np.repeat(np.array([[s.advantage] for s in samples], np.float32), response, axis=1),
-        groups=np.array([s.group for s in samples], np.int32),
-        sampler_logprobs=sampler,
-        old_logprobs=np.zeros((count, response), np.float32),
+    parts = [[[i] for i in range(start, start + rows)] for start in range(0, len(samples), rows)]
+    shape = shape_of(samples, parts, rows, longest_bucket(samples, multiple), rows, pick)
+    batch = _batch(samples, parts, shape, pick, temperature, first_token_temperature)
+    return dataclasses.replace(batch, segment_ids=None)
+
+
+def pack_batch(
+    samples: Sequence[Sample],
+    rows: int,
+    time: int,
+    *,
+    steps: int,
+    temperature: float,
+    first_token_temperature: float | None = None,
+    devices: int = 1,
+    pick: bool = True,
+) -> TrainBatch:
+    """Host arrays of micro-batches whose rows hold several samples each.
+
+    Each optimizer step has its share of the list, packed apart. All have as many micro-batches as the one that needs
+    most, rounded up to a bucket; the last ones of a step may be empty.
+
+    Args:
+        samples: a multiple of ``steps`` of them.
+        rows: of a micro-batch.
+        time: tokens of a row.
+        steps: optimizer steps that share the samples.
+        devices: that share the rows of a micro-batch.
+        temperature, first_token_temperature, pick: as for :func:`make_batch`.
+
+    Raises:
+        ValueError: a sample is longer than a row.
+    """
+    share = len(samples) // steps
+    packed = []
+    for start in range(0, len(samples), share):
+        lengths = [s.length for s in samples[start : start + share]]
+        found = [[start + i for i in row] for row in pack(lengths, time, rows, devices)]
+        packed.append([found[first : first + rows] for first in range(0, len(found), rows)])
+    used = np.array([len(parts) for parts in packed], np.int32)
+    each = bucket_length(int(used.max()), minimum=1)
+    parts = [part for found in packed for part in [*found, *[[]] * (each - len(found))]]
+    most = bucket_length(max(sum(map(len, part)) for part in parts), minimum=1)
+    shape = shape_of(samples, parts, rows, time, most + -most % devices, pick)
+    batch = _batch(samples, parts, shape, pick, temperature, first_token_temperature)
+    return dataclasses.replace(batch, used=used)
+
+
+def _batch(
+    samples: Sequence[Sample], parts: Parts, shape: Shape, pick: bool, temperature: float, first: float | None
+) -> TrainBatch:
+    first = temperature if first is None else first
+    arrays: dict[str, Any] = fill(samples, parts, shape, pick=pick, temperature=temperature, first_temperature=first)
+    arrays["places"] = arrays["places"] if pick else None
+    return TrainBatch(
+        **arrays,
+        old_logprobs=np.zeros_like(arrays["mask"]),
         ref_logprobs=None,
-        use_old=np.zeros((count // rows,), bool),
+        use_old=np.zeros((len(parts),), bool),
+        used=None,
     )
-    return jax.tree.map(lambda a: a if a is batch.use_old else a.reshape(-1, rows, *a.shape[1:]), batch)
 
 
-def select_parts(batch: TrainBatch, start: int, stop: int) -> TrainBatch:
-    """Some of a batch's micro-batches."""
-    return jax.tree.map(lambda a: a[start:stop], batch)
+def select_step(batch: TrainBatch, step: int, steps: int) -> TrainBatch:
+    """The micro-batches of one of the optimizer steps that share a batch."""
+    each = batch.tokens.shape[0] // steps
+    used = None if batch.used is None else batch.used[step : step + 1]
+    parts = jax.tree.map(lambda a: a[step * each : (step + 1) * each], dataclasses.replace(batch, used=None))
+    return dataclasses.replace(parts, used=used)
+
+
+def list_order(sample_ids: Int[AnyArray, "parts samples"]) -> Int[Array, "places"]:
+    """Flat places in the order of the list; empty places come last."""
+    ids = jnp.ravel(sample_ids)
+    return jnp.argsort(jnp.where(ids < 0, jnp.iinfo(ids.dtype).max, ids), stable=True)
+
+
+def in_list_order(batch: TrainBatch, values: AnyArray) -> np.ndarray:
+    """Values [parts, samples, ...] of a batch on the host as [listed, ...], in the order of the list."""
+    ids, flat = np.ravel(batch.sample_ids), np.asarray(values)
+    flat = flat.reshape(-1, *flat.shape[2:])
+    return flat[ids >= 0][np.argsort(ids[ids >= 0], kind="stable")]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrft import algorithms as alg
-from jaxrft.training.batch import TrainBatch
+from jaxrft.training.batch import TrainBatch, list_order
 from jaxrft.training.drawing import Drawn
 from jaxrft.training.rollouts import RolloutBatch
 
@@ -71,7 +71,7 @@ class Credit:
 
         Args:
             batch: with the policy's and the reference's log-probabilities where the KL goes into the rewards.
-            outcome: of its samples, in its order.
+            outcome: of its samples, in the order of the list that it was made from.
             groups: number of them.
         """
         coef = jnp.float32(self.kl_coef if self.recipe.kl.kl_in_reward else 0.0)
@@ -112,12 +112,19 @@ def permuted(outcome: alg.Outcome, order: Sequence[int]) -> alg.Outcome:
 @jax.jit(static_argnums=(0, 1))
 def _assign(
     recipe: alg.Recipe, groups: int, batch: TrainBatch, outcome: alg.Outcome, kl_coef: Float[Array, ""]
-) -> tuple[Float[Array, "parts rows response"], Float[Array, ""]]:
-    mask = batch.mask.reshape(-1, batch.mask.shape[-1])
+) -> tuple[Float[Array, "parts samples response"], Float[Array, ""]]:
+    # The list's order, without empty places.
+    order = list_order(batch.sample_ids)[: outcome.rewards.shape[0]]
+
+    def listed(array):
+        return array.reshape(-1, array.shape[-1])[order]
+
+    mask = listed(batch.mask)
     penalties, mean = None, jnp.zeros(())
     if recipe.kl.kl_in_reward and batch.ref_logprobs is not None:
-        kl = alg.kl(batch.old_logprobs, batch.ref_logprobs, recipe.policy.kl_kind).reshape(mask.shape)
+        kl = alg.kl(listed(batch.old_logprobs), listed(batch.ref_logprobs), recipe.policy.kl_kind)
         kl = jnp.where(mask > 0, kl, 0.0)
         penalties, mean = kl_coef * kl, jnp.sum(kl) / jnp.maximum(jnp.sum(mask), 1.0)
     advantages = alg.estimate_advantages(recipe.advantage, outcome, groups, mask, penalties)
-    return advantages.reshape(batch.mask.shape), mean
+    places = jnp.zeros((batch.sample_ids.size, mask.shape[-1]), advantages.dtype)
+    return places.at[order].set(advantages).reshape(batch.mask.shape), mean

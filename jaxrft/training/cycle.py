@@ -9,7 +9,7 @@ import numpy as np
 from jaxrft.tracking.timing import peak_memory_bytes
 from jaxrft.training import metrics as measures
 from jaxrft.training.audit import Audit
-from jaxrft.training.batch import Sample
+from jaxrft.training.batch import Sample, in_list_order
 from jaxrft.training.credit import permuted
 from jaxrft.training.drawing import Drawn, draw
 from jaxrft.training.rollouts import RolloutBatch, greedy, make_samples, shuffled, training_sampling
@@ -130,11 +130,12 @@ class Cycle:
             rollout.texts,
         )
         batch = self.learner.prepare(samples, score_old=True)
-        flat = {name: np.asarray(getattr(batch, name)).reshape(len(samples), -1) for name in ("old_logprobs", "mask")}
+        flat = {name: in_list_order(batch, getattr(batch, name)) for name in ("old_logprobs", "mask")}
         trained = [s.trained for s in samples]
         gap = audit.check_engine(rollout.completions, flat["old_logprobs"], flat["mask"], trained)
         if self.learner.needs_reference and self.learner.step == 0:
-            reference = np.asarray(batch.ref_logprobs).reshape(len(samples), -1)
+            assert batch.ref_logprobs is not None
+            reference = in_list_order(batch, batch.ref_logprobs)
             audit.check_reference(reference, flat["old_logprobs"], flat["mask"])
         self._run.tracker.message(f"audit passed: engine and trainer agree within {gap:.1e} nats")
 

@@ -17,9 +17,10 @@ from jaxrft.parallel import Layout, replicated
 from jaxrft.parallel.host import to_device, to_host
 from jaxrft.parallel.rules import SHARDING_AXES
 from jaxrft.training.audit import Audit
-from jaxrft.training.batch import Sample, TrainBatch, make_batch, select_parts
+from jaxrft.training.batch import Sample, TrainBatch, longest_bucket, make_batch, pack_batch, select_step
 from jaxrft.training.optimizer import adamw, schedule
-from jaxrft.training.step import Placement, init_state, make_score, make_train_step
+from jaxrft.training.state import Placement, init_state
+from jaxrft.training.step import make_score, make_train_step
 
 UNBOUNDED = np.full((2,), np.inf, np.float32)
 
@@ -105,14 +106,7 @@ class Learner:
 
     def prepare(self, samples: Sequence[Sample], *, score_old: bool) -> TrainBatch:
         """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for."""
-        rows = self.config.per_device_train_batch_size * self.config.parallel.data_devices
-        batch = make_batch(
-            samples,
-            rows,
-            temperature=self.config.temperature,
-            first_token_temperature=self.config.rollout.first_token_temperature,
-        )
-        batch = self._place(batch)
+        batch = self._place(self._batch(samples))
         if score_old:
             old = self._score(self.state.params, batch)
             batch = dataclasses.replace(batch, old_logprobs=old, use_old=jnp.ones_like(batch.use_old))
@@ -132,25 +126,52 @@ class Learner:
             kl_coef: weight of the KL in the loss; None: the recipe's.
         """
         weight = np.float32(self.recipe.policy.kl_coef if kl_coef is None else kl_coef)
-        size = self.config.gradient_accumulation_steps
-        starts = list(range(0, self.config.micro_batches, size)) * self.config.num_iterations
-        for number, start in enumerate(starts[:limit]):
+        steps = self.config.micro_batches // self.config.gradient_accumulation_steps
+        for number in range(min(steps * self.config.num_iterations, limit)):
             bounds = audit.ratio_bounds if audit and number == 0 else UNBOUNDED
-            part = batch if len(starts) == 1 else select_parts(batch, start, start + size)
+            part = batch if steps == 1 else select_step(batch, number % steps, steps)
             self.state, stats = self._step(self.state, part, bounds, weight)
             values = {name: float(value) for name, value in jax.device_get(stats).items()}
             if audit and number == 0:
                 audit.check_ratio(values["ratio/deviation_mean"], values["ratio/deviation_max"])
             yield values
 
+    def _batch(self, samples: Sequence[Sample]) -> TrainBatch:
+        """Padded or packed, as the config says; on the host."""
+        config, devices = self.config, self.config.parallel.data_devices
+        temperatures: dict[str, Any] = {
+            "temperature": config.temperature,
+            "first_token_temperature": config.rollout.first_token_temperature,
+        }
+        # Where the time axis is shared out, picking places along it would gather all hidden states.
+        pick = config.parallel.sequence == 1
+        micro = config.per_device_train_batch_size * devices
+        if not config.batching.pack:
+            return make_batch(samples, micro, pick=pick, multiple=config.parallel.sequence, **temperatures)
+        multiple = config.parallel.sequence
+        longest = longest_bucket(samples, multiple)
+        time = config.batching.row_length or longest
+        time += -time % multiple
+        tokens = config.batching.tokens_per_device or config.per_device_train_batch_size * longest
+        steps = len(samples) // (micro * config.gradient_accumulation_steps)
+        rows = max(1, tokens // time) * devices
+        return pack_batch(samples, rows, time, steps=steps, devices=devices, pick=pick, **temperatures)
+
     def _place(self, batch: TrainBatch) -> TrainBatch:
         """What the model runs over lies with the rows' devices; what the loss alone reads, small, on all."""
         whole = replicated(self.layout.mesh)
-        axes = {"tokens": (None, "batch", "time"), "lengths": (None, "batch")}
+        picks = None if batch.places is not None else "time"
+        rows, steps = (None, "batch"), (None, "batch", "time")
+        axes = {
+            "tokens": steps, "segment_ids": steps, "lengths": rows, "places": rows, "temperature": (*rows, picks)
+        }  # fmt: skip
         placed: dict[str, Any] = {}
         for field in dataclasses.fields(batch):
             value = getattr(batch, field.name)
-            names = axes.get(field.name)
-            spec = whole if names is None else self.layout.named(self.layout.activation(names, value.shape))
-            placed[field.name] = None if value is None else jax.device_put(value, spec)
+            if value is not None and field.name in axes:
+                names = (*axes[field.name], None)[: value.ndim]
+                value = jax.device_put(value, self.layout.named(self.layout.activation(names, value.shape)))
+            elif value is not None:
+                value = jax.device_put(value, whole)
+            placed[field.name] = value
         return TrainBatch(**placed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrft.training.batch import TrainBatch
+from jaxrft.training.batch import TrainBatch, in_list_order
 from jaxrft.training.rollouts import RolloutBatch
 
 
@@ -71,8 +71,8 @@ def throughput(seconds: Mapping[str, float], completion_tokens: int, trained_tok
 
 
 def mean_advantages(batch: TrainBatch) -> np.ndarray:
-    """Mean advantage of each sample's trained tokens, float32 [samples]; 0 without any."""
-    advantages, mask = (np.asarray(a).reshape(-1, a.shape[-1]) for a in (batch.advantages, batch.mask))
+    """Mean advantage of each listed sample's trained tokens, float32 [samples]; 0 without any."""
+    advantages, mask = (in_list_order(batch, a) for a in (batch.advantages, batch.mask))
     return (np.where(mask > 0, advantages, 0.0).sum(-1) / np.maximum(mask.sum(-1), 1.0)).astype(np.float32)
 
 

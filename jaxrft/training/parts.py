@@ -205,6 +205,11 @@ def _check_recipe(config: RLConfig, recipe: alg.Recipe) -> None:
             f"algorithm.{field}: {getattr(config.algorithm, field)} needs a critic, which this version does not have; "
             f"takes another, such as {other}"
         )
+    if recipe.policy.grouped and config.batching.pack:
+        raise ConfigError(
+            f"batching.pack: set with objective {recipe.policy.objective}, which compares the samples of a group; "
+            "packing does not keep groups together: remove it"
+        )
     rows = config.per_device_train_batch_size * config.parallel.data_devices
     if recipe.policy.grouped and rows % config.num_generations:
         raise ConfigError(

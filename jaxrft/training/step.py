@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,98 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxrft import algorithms as alg
 from jaxrft.parallel import Layout, replicated
 from jaxrft.parallel.host import host_shardings
-from jaxrft.parallel.loss_scale import LossScale, adjust, initial_loss_scale
+from jaxrft.parallel.loss_scale import adjust
 from jaxrft.parallel.rounding import cast_like
-from jaxrft.training.batch import TrainBatch
+from jaxrft.training.batch import TrainBatch, list_order
 from jaxrft.training.forward import AnyArray, response_logprobs
+from jaxrft.training.micro_batches import Stats, accumulate, map_parts
 from jaxrft.training.optimizer import clip_by_norm
+from jaxrft.training.state import Placement, TrainState, under
 
-Stats = dict[str, Float[Array, ""]]
 TrainStep = Callable[
     ["TrainState", TrainBatch, Float[AnyArray, "2"], Float[AnyArray, ""] | np.float32], tuple["TrainState", Stats]
 ]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """All that an optimizer step changes.
-
-    Attributes:
-        params: the model's parameters, as ``nnx.split`` gives them.
-        opt_state: the optimizer's; its moments are float32.
-        step: optimizer steps made, skipped ones included.
-        skipped: steps that changed nothing, because a gradient was not finite or no token was to be trained.
-        loss_scale: with float16 alone.
-    """
-
-    params: Any
-    opt_state: Any
-    step: Int[Array, ""]
-    skipped: Int[Array, ""]
-    loss_scale: LossScale | None = None
-
-
-def init_state(params: Any, optimizer: optax.GradientTransformation, loss_scale: float | None = None) -> TrainState:
-    """State before the first step.
-
-    Args:
-        loss_scale: the first one, with float16.
-    """
-    zero = jnp.zeros((), jnp.int32)
-    moments = optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
-    scale = None if loss_scale is None else initial_loss_scale(loss_scale)
-    return TrainState(params=params, opt_state=moments, step=zero, skipped=zero + 0, loss_scale=scale)
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where a train state lies, between steps and within one.
-
-    Attributes:
-        layout: mesh and strategy.
-        offload_optimizer: optimizer moments lie in the host's memory between steps.
-    """
-
-    layout: Layout
-    offload_optimizer: bool = False
-
-    def shardings(self, state: TrainState) -> TrainState:
-        """Of a state, which may be abstract, between steps."""
-        whole = replicated(self.layout.mesh)
-        moments = self.layout.shardings("moments", state.opt_state)
-        return TrainState(
-            params=self.layout.shardings("params", state.params),
-            opt_state=host_shardings(moments) if self.offload_optimizer else moments,
-            step=whole,
-            skipped=whole,
-            loss_scale=jax.tree.map(lambda _: whole, state.loss_scale),
-        )
-
-    def lay(self, kind: str, tree: Any) -> Any:
-        """Inside a program: a tree of parameters, gradients or moments where the strategy has them on the devices."""
-        return jax.lax.with_sharding_constraint(tree, self.layout.shardings(kind, tree))
-
-
 def make_score(
     graphdef: nnx.GraphDef, layout: Layout
-) -> Callable[[Any, TrainBatch], Float[Array, "parts rows response"]]:
+) -> Callable[[Any, TrainBatch], Float[Array, "parts samples response"]]:
     """A program that gives every response token's log-probability under some parameters."""
 
     @jax.jit
-    @_under(layout)
-    def score(params: Any, batch: TrainBatch) -> Float[Array, "parts rows response"]:
+    @under(layout)
+    def score(params: Any, batch: TrainBatch) -> Float[Array, "parts samples response"]:
         model = nnx.merge(graphdef, params)
-
-        def one(part):
-            return response_logprobs(model, *part)[0]
-
-        return jax.lax.map(one, (batch.tokens, batch.prompt_lengths, batch.lengths, batch.temperature))
+        return map_parts(lambda part: response_logprobs(model, part)[0], batch)
 
     return score
 
@@ -134,7 +69,7 @@ def make_train_step(
         growth_steps: steps without an overflow after which the loss scale is doubled, with float16.
     """
 
-    @_under(placement.layout)
+    @under(placement.layout)
     def train_step(
         state: TrainState,
         batch: TrainBatch,
@@ -149,7 +84,7 @@ def make_train_step(
         selection = _select(graphdef, objective, state.params, batch, key)
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.value
         loss = functools.partial(_micro_loss, graphdef, objective, shared, scale)
-        gradients, stats = _accumulate(loss, state.params, (batch, selection), placement)
+        gradients, stats = accumulate(loss, state.params, (batch, selection), placement)
         gradients = jax.tree.map(lambda g: g / scale, gradients)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(stats["loss"])
@@ -177,20 +112,6 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
-def _under(layout: Layout) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function that is traced for a layout."""
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def run(*arguments: Any) -> Any:
-            with layout.use():
-                return function(*arguments)
-
-        return run
-
-    return wrap
-
-
 def _updated(state: TrainState, optimizer, gradients, rate, healthy, placement: Placement, key) -> tuple[Any, Any]:
     """Parameters and moments after a step; the old ones where it is not ``healthy``.
 
@@ -212,30 +133,6 @@ def _updated(state: TrainState, optimizer, gradients, rate, healthy, placement: 
     return placement.lay("params", params), opt_state
 
 
-def _accumulate(loss, params, batch, placement: Placement):
-    """Gradients and statistics of all micro-batches: sums, since each part is weighted by the whole's counts.
-
-    Gradients are summed in float32, and lie where the strategy has them.
-    """
-
-    def one(part):
-        (_, stats), gradients = jax.value_and_grad(loss, has_aux=True)(params, part)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-        return placement.lay("gradients", gradients), stats
-
-    if batch[0].tokens.shape[0] == 1:
-        gradients, stats = one(jax.tree.map(lambda a: a[0], batch))
-        return gradients, stats
-
-    def add(total, part):
-        gradients, stats = one(part)
-        return jax.tree.map(jnp.add, total, gradients), stats
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    gradients, stats = jax.lax.scan(add, placement.lay("gradients", zeros), batch)
-    return gradients, alg.merge_stats(stats)
-
-
 def _select(graphdef, objective, params, batch: TrainBatch, key) -> alg.Selection | None:
     """The tokens that an objective selects from all micro-batches together, by a forward pass of its own.
 
@@ -246,17 +143,16 @@ def _select(graphdef, objective, params, batch: TrainBatch, key) -> alg.Selectio
     model = nnx.merge(graphdef, params)
 
     def forward(part: TrainBatch):
-        logprobs, entropy = _forward(model, part)
+        logprobs, entropy = response_logprobs(model, part)
         return logprobs, _old(part, logprobs), entropy
 
-    logprobs, old, entropies = jax.lax.map(forward, batch)
-    rows = [jnp.reshape(a, (-1, a.shape[-1])) for a in (logprobs, old, batch.advantages, batch.mask, entropies)]
+    logprobs, old, entropies = map_parts(forward, batch)
+    # Equal ranks and random choices go by the order of the samples, wherever these are packed.
+    order = list_order(batch.sample_ids)
+    arrays = (logprobs, old, batch.advantages, batch.mask, entropies)
+    rows = [jnp.reshape(a, (-1, a.shape[-1]))[order] for a in arrays]
     selection = alg.token_selection(objective, *rows[:4], entropies=rows[4], key=key)
-    return jax.tree.map(lambda a: a.reshape(batch.mask.shape), selection)
-
-
-def _forward(model: Any, part: TrainBatch):
-    return response_logprobs(model, part.tokens, part.prompt_lengths, part.lengths, part.temperature)
+    return jax.tree.map(lambda a: jnp.zeros_like(a).at[order].set(a).reshape(batch.mask.shape), selection)
 
 
 def _old(part: TrainBatch, logprobs):
@@ -266,7 +162,7 @@ def _old(part: TrainBatch, logprobs):
 
 def _micro_loss(graphdef, objective, shared, scale, params, part: tuple[TrainBatch, alg.Selection | None]):
     batch, selection = part
-    logprobs, entropy = _forward(nnx.merge(graphdef, params), batch)
+    logprobs, entropy = response_logprobs(nnx.merge(graphdef, params), batch)
     old = _old(batch, logprobs)
     loss, stats = alg.policy_loss(
         objective,

@@ -130,7 +130,7 @@ def _make_step(learner: Learner, optimizer: optax.GradientTransformation, config
     def loss_fn(params: Any, batch: TrainBatch) -> Float[Array, ""]:
         model = nnx.merge(graphdef, params)
         part = jax.tree.map(lambda a: a[0], batch)
-        logprobs, _ = response_logprobs(model, part.tokens, part.prompt_lengths, part.lengths, part.temperature)
+        logprobs, _ = response_logprobs(model, part)
         return -jnp.sum(logprobs * alg.token_weights(part.mask, "token_mean", alg.totals(part.mask)))
 
     def step_fn(params: Any, opt_state: Any, batch: TrainBatch, step: int):

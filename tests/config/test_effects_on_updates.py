@@ -14,6 +14,7 @@ from jaxrft.config.parse import from_dict
 from jaxrft.data.records import Prompt
 from jaxrft.rollout import Completion
 from jaxrft.training import learner, warm_start
+from jaxrft.training.batch import Sample
 from jaxrft.training.optimizer import adamw, clip_by_norm, schedule
 from jaxrft.training.rollouts import RolloutBatch, evaluation_sampling, make_samples, training_sampling
 from tests.training.tiny import ROWS, digits, tiny_config
@@ -97,6 +98,44 @@ def test_batches(values, expected):
         config.micro_batches,
         config.updates_per_rollout,
     ) == expected
+
+
+PACKING = [  # Values of batching -> micro-batches, rows and tokens of a row, for samples of 13, 5, 5, ... tokens.
+    ({}, (2, 8, 16)),
+    ({"pack": True}, (1, 8, 16)),
+    ({"pack": True, "tokens_per_device": 40}, (3, 2, 16)),
+    ({"pack": True, "tokens_per_device": 16}, (6, 1, 16)),
+    ({"pack": True, "row_length": 64}, (1, 2, 64)),
+    ({"pack": True, "row_length": 24, "tokens_per_device": 24}, (6, 1, 24)),  # Of which 5 are used.
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), PACKING)
+def test_packing(values, expected):
+    """88 tokens in all; that the updates are the same is shown with the trainer's tests."""
+    config = from_dict({
+        "max_prompt_length": 9, "max_completion_length": 4, "gradient_accumulation_steps": 2, "batching": values,
+    })  # fmt: skip
+    short = [Sample(prompt_ids=[1] * 3, response_ids=[2] * 2, logprobs=np.zeros(2))] * 15
+    long = Sample(prompt_ids=[1] * 9, response_ids=[2] * 4, logprobs=np.zeros(4))
+    batch = learner.Learner._batch(SimpleNamespace(config=config), [*short, long])
+    assert batch.tokens.shape == expected
+    assert batch.lengths.sum() == 88
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"row_length": 64}, r"batching\.row_length: set without pack"),
+        ({"tokens_per_device": 64}, r"batching\.tokens_per_device: set without pack"),
+        ({"pack": True, "row_length": 64, "tokens_per_device": 63}, r"batching\.tokens_per_device: got 63, .*\(64\)"),
+        ({"pack": True, "row_length": 12}, r"batching\.row_length: got 12, .* \(13\)"),
+        ({"pack": True, "tokens_per_device": 12}, r"batching\.tokens_per_device: got 12, .* \(13\)"),
+    ],
+)
+def test_packing_that_is_refused(values, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        from_dict({"max_prompt_length": 9, "max_completion_length": 4, "batching": values})
 
 
 def test_mask_truncated_completions():

@@ -61,7 +61,7 @@ def test_response_shifted_by_one(tmp_path, monkeypatch):
 
     def shifted(*arguments, **options):
         batch = original(*arguments, **options)
-        return dataclasses.replace(batch, prompt_lengths=batch.prompt_lengths - 1, lengths=batch.lengths - 1)
+        return dataclasses.replace(batch, places=np.maximum(batch.places - 1, 0))
 
     monkeypatch.setattr(learner, "make_batch", shifted)
     expect_stop(make_trainer(tmp_path), "mask does not lie over")

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxrft import algorithms as alg
-from jaxrft.config import AlgorithmConfig, ConfigError, RLConfig
+from jaxrft.config import AlgorithmConfig, BatchingConfig, ConfigError, RLConfig
 from jaxrft.training import parts
 from jaxrft.training.credit import Credit, permuted
 from tests.training.learners import difference, host, learner_of, make_samples
@@ -96,6 +96,9 @@ def test_gvpo_refuses_groups_that_are_split_over_micro_batches():
         parts.build_recipe(split)
     assert "\n" not in str(caught.value)
     parts.build_recipe(dataclasses.replace(split, algorithm=AlgorithmConfig(objective="cispo")))
+    packed = dataclasses.replace(fits, batching=BatchingConfig(pack=True))
+    with pytest.raises(ConfigError, match=r"^batching\.pack: set with objective gvpo"):
+        parts.build_recipe(packed)
 
 
 def test_a_kl_in_the_rewards_is_not_in_the_loss_too():

@@ -13,11 +13,11 @@ import pytest
 from flax import nnx
 
 from jaxrft import models
-from jaxrft.config import AlgorithmConfig, AuditConfig, ParallelConfig
+from jaxrft.config import AlgorithmConfig, AuditConfig, BatchingConfig, ParallelConfig
 from jaxrft.rollout import NativeEngine
 from jaxrft.training import AuditError
 from jaxrft.training.audit import Audit
-from jaxrft.training.batch import Sample
+from jaxrft.training.batch import Sample, make_batch
 from jaxrft.training.forward import response_logprobs
 from jaxrft.training.learner import UNBOUNDED
 from tests.training.learners import VOCAB, bit_equal, difference, host, make_learner, make_model, make_samples, update
@@ -106,6 +106,8 @@ SELECTING = AlgorithmConfig(
     correction="truncate",
     correction_level="sequence",
 )
+# One device has 4 rows in each of two micro-batches, eight devices have one row each in one.
+PACKED = {"max_prompt_length": 4, "batching": BatchingConfig(pack=True, row_length=32), "algorithm": SELECTING}
 
 
 def compare_devices(**changes):
@@ -119,9 +121,10 @@ def compare_devices(**changes):
 
 OTHER_PROCESS = """
 import json
-from tests.training.test_step import SELECTING, compare_devices, count_copies, scratch_memory
+from tests.training.test_step import PACKED, SELECTING, compare_devices, count_copies, scratch_memory
 result = {"copies": count_copies(), **compare_devices(), "scratch": scratch_memory(8)}
-print(json.dumps(result | {"selecting": compare_devices(algorithm=SELECTING)}))
+result |= {"selecting": compare_devices(algorithm=SELECTING), "packed": compare_devices(**PACKED)}
+print(json.dumps(result))
 """
 
 
@@ -129,10 +132,11 @@ def test_no_copies_are_kept_and_eight_devices_are_one_that_share_the_work(run_py
     """What only a process of its own can tell: with no other arrays, and with eight devices."""
     result = json.loads(run_python(OTHER_PROCESS, devices=8).stdout.splitlines()[-1])
     assert result["copies"] == [4, 4, 4, 3], "parameters, two moments, the reference"
-    for compared in (result, result["selecting"]):
+    for compared in (result, result["selecting"], result["packed"]):
         assert compared["params"] < 1e-5
         assert compared["stats"] < 1e-4
-        assert compared["programs"] == [1, 1], "one program for all updates"
+        if compared is not result["packed"]:
+            assert compared["programs"] == [1, 1], "one program for all updates"
     assert result["scratch"] < 2**26, "less than the logits of one chunk: each device has an eighth of it"
 
 
@@ -315,14 +319,20 @@ def test_the_weight_of_the_kl_changes_without_a_new_program():
 # ------------------------------------------------------------------ log-probabilities of responses
 
 
-def test_response_logprobs_are_the_models_at_the_places_of_the_response():
+@pytest.mark.parametrize("pick", [True, False])
+def test_response_logprobs_are_the_models_at_the_places_of_the_response(pick):
     model, rng = make_model(), np.random.default_rng(2)
     prompts, sizes = np.array([1, 4, 2, 1, 3]), np.array([6, 1, 5, 1, 4])
     lengths, longest = prompts + sizes, 7
     tokens = rng.integers(0, VOCAB, (5, longest)).astype(np.int32)
-    temperature = rng.uniform(0.3, 2.0, (5, 8)).astype(np.float32)
-    score = nnx.jit(response_logprobs)
-    logprobs, entropy = map(np.asarray, score(model, tokens, prompts, lengths, temperature))
+    samples = [
+        Sample(prompt_ids=row[:prompt], response_ids=row[prompt : prompt + size], logprobs=np.zeros(size))
+        for row, prompt, size in zip(tokens, prompts, sizes)
+    ]
+    part = jax.tree.map(lambda a: a[0], make_batch(samples, 5, temperature=1.0, pick=pick))
+    temperature = rng.uniform(0.3, 2.0, part.sources.shape).astype(np.float32)
+    np.put(part.temperature, part.sources[part.sources >= 0], temperature[part.sources >= 0])
+    logprobs, entropy = map(np.asarray, nnx.jit(response_logprobs)(model, part))
     logits = np.asarray(model(tokens, lengths), np.float64)
     by_place = np.ones((5, longest - 1), np.float32)
     for row, (prompt, size) in enumerate(zip(prompts, sizes)):

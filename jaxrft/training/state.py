@@ -1,0 +1,92 @@
+"""What an optimizer step changes, and where it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from jaxrft.parallel import Layout, replicated
+from jaxrft.parallel.host import host_shardings
+from jaxrft.parallel.loss_scale import LossScale, initial_loss_scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that an optimizer step changes.
+
+    Attributes:
+        params: the model's parameters, as ``nnx.split`` gives them.
+        opt_state: the optimizer's; its moments are float32.
+        step: optimizer steps made, skipped ones included.
+        skipped: steps that changed nothing, because a gradient was not finite or no token was to be trained.
+        loss_scale: with float16 alone.
+    """
+
+    params: Any
+    opt_state: Any
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    loss_scale: LossScale | None = None
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, loss_scale: float | None = None) -> TrainState:
+    """State before the first step.
+
+    Args:
+        loss_scale: the first one, with float16.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    moments = optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    scale = None if loss_scale is None else initial_loss_scale(loss_scale)
+    return TrainState(params=params, opt_state=moments, step=zero, skipped=zero + 0, loss_scale=scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a train state lies, between steps and within one.
+
+    Attributes:
+        layout: mesh and strategy.
+        offload_optimizer: optimizer moments lie in the host's memory between steps.
+    """
+
+    layout: Layout
+    offload_optimizer: bool = False
+
+    def shardings(self, state: TrainState) -> TrainState:
+        """Of a state, which may be abstract, between steps."""
+        whole = replicated(self.layout.mesh)
+        moments = self.layout.shardings("moments", state.opt_state)
+        return TrainState(
+            params=self.layout.shardings("params", state.params),
+            opt_state=host_shardings(moments) if self.offload_optimizer else moments,
+            step=whole,
+            skipped=whole,
+            loss_scale=jax.tree.map(lambda _: whole, state.loss_scale),
+        )
+
+    def lay(self, kind: str, tree: Any) -> Any:
+        """Inside a program: a tree of parameters, gradients or moments where the strategy has them on the devices."""
+        return jax.lax.with_sharding_constraint(tree, self.layout.shardings(kind, tree))
+
+
+def under(layout: Layout) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator of functions that are traced for a layout."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            with layout.use():
+                return function(*arguments)
+
+        return run
+
+    return wrap
