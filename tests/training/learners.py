@@ -42,7 +42,7 @@ def make_model(vocab=VOCAB):
     return nnx.merge(graphdef, jax.tree.map(jnp.array, params))
 
 
-def learner_of(model, rows, parts=1, **changes):
+def learner_of(module, rows, parts=1, **changes):
     """The epsilon keeps AdamW's steps close to the gradient: the signs of tiny gradients are rounding."""
     settings = {
         "learning_rate": 1.0,
@@ -60,7 +60,7 @@ def learner_of(model, rows, parts=1, **changes):
         "temperature": 0.8,
     }
     config = RLConfig(**settings | changes)
-    return Learner(config, build_recipe(config), model, build_layout(config), total_steps=10)
+    return Learner(config, build_recipe(config), module, build_layout(config), total_steps=10)
 
 
 @functools.cache
