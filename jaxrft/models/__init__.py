@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = exports(
         "supported_families": "jaxrft.models.families",
         "load": "jaxrft.models.checkpoint",
         "from_config": "jaxrft.models.checkpoint",
+        "ScalarModel": "jaxrft.models.scalar",
         "save": "jaxrft.models.checkpoint",
         "spec_from_config": "jaxrft.models.checkpoint",
         "spec_of": "jaxrft.models.checkpoint",

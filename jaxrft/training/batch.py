@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrft.data.batching import bucket_length
 from jaxrft.data.packing import pack
+from jaxrft.parallel import Layout
 from jaxrft.training.filling import Parts, Shape, fill, shape_of
 from jaxrft.training.forward import AnyArray
 
@@ -179,6 +180,23 @@ def _batch(
         use_old=np.zeros((len(parts),), bool),
         used=None,
     )
+
+
+def batch_shardings(batch: TrainBatch, layout: Layout) -> Any:
+    """Sharding of each array: what the model runs over lies with the rows' devices; what the loss reads, small, on all.
+
+    Args:
+        batch: its arrays may be abstract.
+    """
+    rows, steps = (None, "batch"), (None, "batch", "time")
+    picks = (*rows, "time") if batch.places is None else (*rows, None)
+    axes = {"tokens": steps, "segment_ids": steps, "lengths": rows, "places": (*rows, None), "temperature": picks}
+
+    def one(path: Any, array: Any) -> jax.sharding.NamedSharding:
+        names = axes.get(path[0].name, (None,) * array.ndim)
+        return layout.named(layout.activation(names, array.shape))
+
+    return jax.tree_util.tree_map_with_path(one, batch)
 
 
 def select_step(batch: TrainBatch, step: int, steps: int) -> TrainBatch:

@@ -13,11 +13,19 @@ from flax import nnx
 
 from jaxrft import algorithms as alg
 from jaxrft.config import RLConfig
-from jaxrft.parallel import Layout, replicated
+from jaxrft.parallel import Layout
 from jaxrft.parallel.host import to_device, to_host
 from jaxrft.parallel.rules import SHARDING_AXES
 from jaxrft.training.audit import Audit
-from jaxrft.training.batch import Sample, TrainBatch, longest_bucket, make_batch, pack_batch, select_step
+from jaxrft.training.batch import (
+    Sample,
+    TrainBatch,
+    batch_shardings,
+    longest_bucket,
+    make_batch,
+    pack_batch,
+    select_step,
+)
 from jaxrft.training.optimizer import adamw, schedule
 from jaxrft.training.state import Placement, init_state
 from jaxrft.training.step import make_score, make_train_step
@@ -158,20 +166,4 @@ class Learner:
         return pack_batch(samples, rows, time, steps=steps, devices=devices, pick=pick, **temperatures)
 
     def _place(self, batch: TrainBatch) -> TrainBatch:
-        """What the model runs over lies with the rows' devices; what the loss alone reads, small, on all."""
-        whole = replicated(self.layout.mesh)
-        picks = None if batch.places is not None else "time"
-        rows, steps = (None, "batch"), (None, "batch", "time")
-        axes = {
-            "tokens": steps, "segment_ids": steps, "lengths": rows, "places": rows, "temperature": (*rows, picks)
-        }  # fmt: skip
-        placed: dict[str, Any] = {}
-        for field in dataclasses.fields(batch):
-            value = getattr(batch, field.name)
-            if value is not None and field.name in axes:
-                names = (*axes[field.name], None)[: value.ndim]
-                value = jax.device_put(value, self.layout.named(self.layout.activation(names, value.shape)))
-            elif value is not None:
-                value = jax.device_put(value, whole)
-            placed[field.name] = value
-        return TrainBatch(**placed)
+        return jax.device_put(batch, batch_shardings(batch, self.layout))

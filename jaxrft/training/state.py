@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from jaxrft.parallel import Layout, replicated
 from jaxrft.parallel.host import host_shardings
 from jaxrft.parallel.loss_scale import LossScale, initial_loss_scale
+from jaxrft.parallel.rounding import cast_like
 
 
 @jax.tree_util.register_dataclass
@@ -90,3 +91,38 @@ def under(layout: Layout) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return run
 
     return wrap
+
+
+def apply_gradients(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    gradients: Any,
+    rate: Any,
+    healthy: Any,
+    placement: Placement,
+    key: jax.Array,
+) -> tuple[Any, Any]:
+    """Inside a program: parameters and moments after a step; the old ones where it is not ``healthy``.
+
+    The update is computed where the moments lie: in zero1 and zero2 each device changes its share of the parameters,
+    and whole ones are gathered from these.
+
+    Args:
+        gradients: float32, of the structure of the parameters.
+        rate: learning rate.
+        key: of stochastic rounding, for parameters in bfloat16.
+    """
+    before = placement.lay("moments", state.params)
+    moments = state.opt_state
+    if placement.offload_optimizer:
+        # A sharding alone would name the same memory again: only the space moves an array inside a program.
+        moments = jax.device_put(moments, jax.memory.Space.Device)
+    directions, opt_state = optimizer.update(placement.lay("moments", gradients), moments, before)
+    moved = jax.tree.map(lambda p, d: p.astype(jnp.float32) - rate * d, before, directions)
+    params = cast_like(key, moved, before)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(healthy, new, old), (params, opt_state), (before, moments)
+    )
+    if placement.offload_optimizer:
+        opt_state = jax.device_put(opt_state, jax.memory.Space.Host)
+    return placement.lay("params", params), opt_state

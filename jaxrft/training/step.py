@@ -15,14 +15,12 @@ from jaxtyping import Array, Float
 
 from jaxrft import algorithms as alg
 from jaxrft.parallel import Layout, replicated
-from jaxrft.parallel.host import host_shardings
 from jaxrft.parallel.loss_scale import adjust
-from jaxrft.parallel.rounding import cast_like
 from jaxrft.training.batch import TrainBatch, list_order
 from jaxrft.training.forward import AnyArray, response_logprobs
 from jaxrft.training.micro_batches import Stats, accumulate, map_parts
 from jaxrft.training.optimizer import clip_by_norm
-from jaxrft.training.state import Placement, TrainState, under
+from jaxrft.training.state import Placement, TrainState, apply_gradients, under
 
 TrainStep = Callable[
     ["TrainState", TrainBatch, Float[AnyArray, "2"], Float[AnyArray, ""] | np.float32], tuple["TrainState", Stats]
@@ -93,7 +91,7 @@ def make_train_step(
         deviations = jnp.stack([stats["ratio/deviation_mean"], stats["ratio/deviation_max"]])
         healthy = sound & jnp.all(deviations <= ratio_bounds)
         rate = schedule(state.step)
-        params, opt_state = _updated(
+        params, opt_state = apply_gradients(
             state, optimizer, clip_by_norm(gradients, norm, max_grad_norm), rate, healthy, placement,
             jax.random.fold_in(key, 1),
         )  # fmt: skip
@@ -110,27 +108,6 @@ def make_train_step(
 
     out = (placement.shardings(like), replicated(placement.layout.mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
-
-
-def _updated(state: TrainState, optimizer, gradients, rate, healthy, placement: Placement, key) -> tuple[Any, Any]:
-    """Parameters and moments after a step; the old ones where it is not ``healthy``.
-
-    The update is computed where the moments lie: in zero1 and zero2 each device changes its share of the parameters,
-    and whole ones are gathered from these.
-    """
-    before = placement.lay("moments", state.params)
-    moments = state.opt_state
-    if placement.offload_optimizer:
-        moments = jax.device_put(moments, placement.layout.shardings("moments", moments))
-    directions, opt_state = optimizer.update(placement.lay("moments", gradients), moments, before)
-    moved = jax.tree.map(lambda p, d: p.astype(jnp.float32) - rate * d, before, directions)
-    params = cast_like(key, moved, before)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(healthy, new, old), (params, opt_state), (before, moments)
-    )
-    if placement.offload_optimizer:
-        opt_state = jax.device_put(opt_state, host_shardings(placement.layout.shardings("moments", opt_state)))
-    return placement.lay("params", params), opt_state
 
 
 def _select(graphdef, objective, params, batch: TrainBatch, key) -> alg.Selection | None:
