@@ -13,13 +13,15 @@ from flax import nnx
 from jaxrft import RLTrainer, models
 from jaxrft import algorithms as alg
 from jaxrft.config import AlgorithmConfig, BatchingConfig
+from jaxrft.parallel import Layout, make_mesh
 from jaxrft.tracking import read_completions, read_metrics
 from jaxrft.training import metrics
 from jaxrft.training.batch import Sample, in_list_order, make_batch, pack_batch, select_step
 from jaxrft.training.credit import Credit
 from jaxrft.training.forward import response_logprobs
 from jaxrft.training.learner import UNBOUNDED
-from jaxrft.training.step import init_state, make_score, make_train_step
+from jaxrft.training.state import Placement, init_state
+from jaxrft.training.step import make_score, make_train_step
 from tests.training.learners import VOCAB, difference, host, initial_model, make_model, make_samples
 from tests.training.learners import learner_of as make_learner
 from tests.training.tiny import ROWS, digits, tiny_config
@@ -121,8 +123,10 @@ def one_by_one(objective):
 def test_packed_is_padded_is_one_by_one(name):
     """Loss and every gradient, of samples in one micro-batch or several."""
     objective = OBJECTIVES[name]
-    graphdef, _ = initial_model(VOCAB)
-    step = make_train_step(graphdef, optax.identity(), lambda _: RATE, objective, 0.0)
+    graphdef, params = initial_model(VOCAB)
+    like = jax.eval_shape(lambda: init_state(params, optax.identity()))
+    placement = Placement(Layout(make_mesh()))
+    step = make_train_step(graphdef, optax.identity(), lambda _: RATE, objective, 0.0, placement=placement, like=like)
     alone = one_by_one(objective)
     # Samples, seed, rows of a micro-batch -> micro-batches used, and there; most samples of a row.
     cases = {(12, 1, 1): (5, 6, 3)}
@@ -155,7 +159,7 @@ def flat_sources(batch):
 def test_a_sample_sees_nothing_of_the_others_in_its_row():
     """Its log-probabilities are bit-equal whatever the others are; and the same with all steps projected."""
     graphdef, params = initial_model(VOCAB)
-    score = make_score(graphdef)
+    score = make_score(graphdef, Layout(make_mesh()))
     samples = ragged(12, 0)
     batch = packed_of(samples, first_token_temperature=1.3)
     before = in_list_order(batch, score(params, batch))
