@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from jaxrft.config import RLConfig
 
@@ -35,14 +37,15 @@ def remedies(config: RLConfig, fits: Fits, group: int, *, offload: bool) -> tupl
     return ()
 
 
-def room(config: RLConfig, fits: Fits, group: int) -> tuple[str, ...]:
+def room(config: RLConfig, fits: Fits) -> tuple[str, ...]:
     """The largest micro-batch that a config has room for, where it is larger than its own."""
     if config.batching.tokens_per_device is not None:
         return ()
     rows, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
     for factor in range(parts, 1, -1):
-        if parts % factor == 0 and fits(with_rows(config, rows * factor)):
-            return (f"has room for {_rows_text(rows * factor, parts // factor)}",)
+        larger = with_rows(config, rows * factor) if parts % factor == 0 else None
+        if larger is not None and fits(larger):
+            return (f"has room for {_rows_text(larger)}",)
     return ()
 
 
@@ -76,7 +79,7 @@ def _needed(config: RLConfig, fits: Fits, changes: dict[str, tuple[str, Change]]
 def _changes(config: RLConfig, group: int, offload: bool) -> Iterator[tuple[str, str, Change]]:
     """Kind, text and effect of each change, from cheap to dear."""
 
-    def memory(**fields: object) -> Change:
+    def memory(**fields: Any) -> Change:
         return lambda c: dataclasses.replace(c, memory=dataclasses.replace(c.memory, **fields))
 
     settings = config.memory
@@ -109,16 +112,19 @@ def _smaller(config: RLConfig, group: int) -> Iterator[tuple[str, str, Change]]:
             tokens = max(tokens // 2, least)
             yield "rows", f"batching.tokens_per_device={tokens}", _with_tokens(tokens)
         return
-    samples, devices = rows * config.gradient_accumulation_steps, config.parallel.data_devices
+    devices = config.parallel.data_devices
     for fewer in range(rows - 1, 0, -1):
         if rows % fewer == 0 and fewer * devices % group == 0:
-            text = _rows_text(fewer, samples // fewer)
-            yield "rows", text, lambda c, fewer=fewer: with_rows(c, fewer)
+            yield "rows", _rows_text(with_rows(config, fewer)), functools.partial(with_rows, rows=fewer)
 
 
 def _with_tokens(tokens: int) -> Change:
     return lambda c: dataclasses.replace(c, batching=dataclasses.replace(c.batching, tokens_per_device=tokens))
 
 
-def _rows_text(rows: int, parts: int) -> str:
-    return f"per_device_train_batch_size={rows} with gradient_accumulation_steps={parts}"
+def _rows_text(config: RLConfig) -> str:
+    steps = f" and steps_per_generation={config.steps_per_generation}" if config.steps_per_generation else ""
+    return (
+        f"per_device_train_batch_size={config.per_device_train_batch_size} with "
+        f"gradient_accumulation_steps={config.gradient_accumulation_steps}{steps}"
+    )

@@ -2,162 +2,20 @@
 
 State is exact: it follows from shapes and shardings. What a program holds while it runs is counted from what its
 backward pass keeps, at the three moments of an optimizer step that may take most. Against the compiler's own account
-of the compiled step (float32 on the CPU; none, save and full; one device, and eight as ddp, fsdp and tensor) the sum
-is within 20%, where it is above 50 MiB.
+of the compiled step (float32 on the CPU; none, save and full; one device, and eight under ddp, fsdp, hsdp, zero2 and
+tensor) the sum is within 20%, where it is above 50 MiB. What GPU programs hold has not been measured.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from jaxrft.config import RLConfig
 from jaxrft.data.batching import bucket_length
-from jaxrft.models.decoder import Decoder
 from jaxrft.models.logprobs import logits_elements
-from jaxrft.models.spec import DecoderSpec
-from jaxrft.parallel import Layout, describe
-from jaxrft.parallel.rules import SHARDING_AXES
+from jaxrft.training.memory_sizes import FLOAT32, Sizes
 
-FLOAT32 = 4
 # Prompt tokens that the native engine runs at once.
 PREFILL_TOKENS = 8192
 
 Items = dict[str, float]
-
-
-class Sizes:
-    """The numbers of one device that the counts are made of.
-
-    Args:
-        remat: the policy, ``auto`` resolved.
-    """
-
-    def __init__(self, config: RLConfig, spec: DecoderSpec, layout: Layout, remat: str):
-        self.config, self.spec, self.layout = config, spec, layout
-        self.scan, mesh = config.memory.scan_layers, layout.mesh.shape
-        self.tensor, self.sequence = mesh["tensor"], mesh["sequence"]
-        self.platform = layout.mesh.devices.flat[0].platform
-        # XLA's CPU compiler drops the barriers that keep it from merging what is computed again with what was
-        # computed before: in layers that are not a loop, it keeps everything.
-        self.remat = "none" if self.platform == "cpu" and not self.scan else remat
-        self.itemsize = jnp.dtype(config.model.dtype).itemsize
-        self.casts = self.itemsize != jnp.dtype(config.model.param_dtype).itemsize
-        self.rows, self.time, self.picks = _rows(config, self.sequence)
-        self.tokens = self.rows * self.time / self.sequence
-        self.vocab = spec.vocab_size / (self.tensor if spec.vocab_size % self.tensor == 0 else 1)
-        self.state = describe(_abstract(spec, config.model.param_dtype), layout)
-
-    @property
-    def shares_params(self) -> bool:
-        """Whether parameters lie sharded, and are gathered for use."""
-        return self.layout.shards("params") and self.shares_state
-
-    @property
-    def shares_state(self) -> bool:
-        return any(self.layout.mesh.shape[axis] > 1 for axis in SHARDING_AXES)
-
-    @property
-    def host_is_apart(self) -> bool:
-        """Whether the host's memory is another than the device's; a limit that is set stands for such a device."""
-        return self.platform != "cpu" or self.config.memory.device_gib is not None
-
-    @property
-    def table_elements(self) -> float:
-        """Of the embedding, or of the output projection, as it is used."""
-        return self.vocab * self.spec.hidden_size
-
-    @property
-    def layer_elements(self) -> float:
-        """Parameters of one layer as they are used."""
-        spec = self.spec
-        attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
-        return (attention + 3 * spec.hidden_size * spec.intermediate_size) / self.tensor
-
-    def of_layers(self, kind: str) -> float:
-        """Bytes of all layers' ``param_bytes`` or ``gradient_bytes``."""
-        return sum(getattr(place, kind) for place in self.state.places if place.name.startswith("layers."))
-
-    @property
-    def widths(self) -> dict[str, float]:
-        """Channels of the tensors that have names."""
-        spec, inner = self.spec, self.spec.intermediate_size / self.tensor
-        heads = spec.num_heads * spec.head_dim / self.tensor
-        kv = spec.num_kv_heads * spec.head_dim / min(self.tensor, spec.num_kv_heads)
-        return {
-            "layer_input": spec.hidden_size, "query": heads, "key": kv, "value": kv, "attention": heads,
-            "gate": inner, "up": inner,
-        }  # fmt: skip
-
-    @property
-    def score_bytes(self) -> float:
-        """One float32 array of attention scores of a layer."""
-        return FLOAT32 * self.tokens * self.time * self.spec.num_heads / self.tensor
-
-    def bytes_of(self, channels: float) -> float:
-        """A tensor of so many channels over the device's tokens."""
-        return self.tokens * channels * self.itemsize
-
-    @property
-    def whole_layer(self) -> float:
-        """All that the gradient of one layer needs of its forward pass."""
-        # The stream before and after attention, each with its norm, all that has a name, and the gated product.
-        channels = 3 * self.spec.hidden_size + sum(self.widths.values()) + self.spec.intermediate_size / self.tensor
-        # Attention's weights: float32 for the softmax's gradient, and as they enter the product.
-        return self.bytes_of(channels) + self.score_bytes * (1 + self.itemsize / FLOAT32)
-
-    @property
-    def kept_layer(self) -> float:
-        """What one layer keeps from the forward to the backward pass."""
-        if self.remat in ("full", "offload"):
-            return self.bytes_of(self.spec.hidden_size)
-        if self.remat == "save":
-            return self.bytes_of(sum(self.widths[name] for name in {"layer_input", *self.config.memory.remat_names}))
-        if self.platform != "cpu" or self.scan:
-            return self.whole_layer
-        # Merged with the backward pass as well: both normed streams, the gate's sigmoid, half of the rotations.
-        merged = 2 * self.spec.hidden_size + self.widths["gate"] + (self.widths["query"] + self.widths["key"]) / 2
-        return self.whole_layer + self.bytes_of(merged)
-
-    @property
-    def working_layer(self) -> float:
-        """What the layer holds beside that, whose gradient is being computed."""
-        spec, widths = self.spec, self.widths
-        # Cotangents of the feed-forward block or, when these are gone, of attention.
-        inner = 4 * self.bytes_of(widths["gate"])
-        attention = self.bytes_of(widths["query"] * 2 + widths["key"] * 2) + self.score_bytes
-        cotangents = 4 * self.bytes_of(spec.hidden_size) + max(inner, attention - inner)
-        # In a loop, its share of what was kept is taken out of the whole; else it is there, or computed again.
-        again = 0 if self.remat == "none" and not self.scan else self.whole_layer
-        return cotangents + again
-
-
-def _rows(config: RLConfig, sequence: int) -> tuple[int, int, float]:
-    """Rows of a micro-batch on one device, their length, and the tokens of each that are projected on a device."""
-
-    def whole(length: int) -> int:
-        return length + -length % sequence
-
-    longest = whole(bucket_length(config.max_prompt_length + config.max_completion_length, minimum=8))
-    rows, time = config.per_device_train_batch_size, longest
-    picks = min(bucket_length(config.max_completion_length, minimum=4), time)
-    if config.batching.pack:
-        time = whole(config.batching.row_length or longest)
-        rows = max(1, (config.batching.tokens_per_device or rows * longest) // time)
-        # Short prompts leave nearly all of a row to responses.
-        picks = time
-    return rows, time, picks if sequence == 1 else time / sequence
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract(spec: DecoderSpec, dtype: str) -> Any:
-    model = nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0)))
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), nnx.state(model, nnx.Param))
 
 
 def state_items(sizes: Sizes, reference: bool) -> Items:
@@ -181,7 +39,7 @@ def update_items(sizes: Sizes, reference: bool) -> Items:
         always["copies of moments"] = state.moment_bytes
     moments = [_layers(sizes), _projection(sizes), _optimizer(sizes)]
     found = always | max(moments, key=lambda items: sum(items.values()))
-    if reference and memory.offload_reference:
+    if reference and memory.offload_reference and sizes.host_is_apart:
         scoring = {"reference": state.param_bytes, "scoring": sizes.whole_layer + _logits(sizes)}
         found = max(found, scoring, key=lambda items: sum(items.values()))
     return found
@@ -200,12 +58,19 @@ def _activations(sizes: Sizes) -> Items:
 
 def _layers(sizes: Sizes) -> Items:
     """When the backward pass enters the layers."""
-    # The table's gradient is there, and where gradients are sharded, one layer's whole ones.
+    # The table's gradient is there; in a loop, room for those of all layers.
     gradients = sizes.state.gradient_bytes - sizes.of_layers("gradient_bytes")
-    if sizes.shares_params:
-        gradients += sizes.layer_elements * FLOAT32
     if sizes.scan:
         gradients += sizes.of_layers("gradient_bytes")
+    if sizes.shares_params and sizes.scan:
+        # One layer's before they are reduced to their shares.
+        gradients += sizes.layer_elements * FLOAT32
+    elif sizes.shares_params and sizes.platform == "cpu" and sizes.layout.mesh.shape["replica"] > 1:
+        # XLA's CPU compiler sums them whole over the replicas, all at once.
+        gradients += sizes.spec.num_layers * sizes.layer_elements * FLOAT32
+    elif sizes.shares_params:
+        # One matrix's: then the gathered matrix is no longer needed.
+        gradients += sizes.spec.hidden_size * sizes.spec.intermediate_size / sizes.tensor * FLOAT32
     return _activations(sizes) | {"gradients": gradients, "activations of one layer": sizes.working_layer}
 
 
@@ -219,7 +84,7 @@ def _projection(sizes: Sizes) -> Items:
 
 
 def _logits(sizes: Sizes) -> float:
-    return FLOAT32 * min(logits_elements(), sizes.rows * sizes.picks * sizes.vocab)
+    return FLOAT32 * min(logits_elements(sizes.platform), sizes.rows * sizes.picks * sizes.vocab)
 
 
 def _optimizer(sizes: Sizes) -> Items:
@@ -230,10 +95,13 @@ def _optimizer(sizes: Sizes) -> Items:
         items["gradients"] = 0  # They are in the sum.
     if sizes.scan:
         items["gradients"] = sizes.of_layers("gradient_bytes")
+    elif sizes.platform == "cpu" and sizes.layout.shards("gradients"):
+        # XLA's CPU compiler sums whole gradients over the devices, and cuts them where they are used.
+        items["gradients"] = sizes.whole.gradient_bytes
     if sizes.shares_state and not sizes.layout.shards("params"):
         # Each device changes its share, and the whole is gathered from these.
         items["parameters changed"] = state.param_bytes
-    if sizes.config.memory.offload_optimizer:
+    if sizes.config.memory.offload_optimizer and sizes.host_is_apart:
         items["moments from the host"] = state.moment_bytes
     return items
 
@@ -246,13 +114,11 @@ def rollout_items(sizes: Sizes) -> Items:
     kv_heads = spec.num_kv_heads / (sizes.tensor if spec.num_kv_heads % sizes.tensor == 0 else 1)
     entry = 2 * kv_heads * spec.head_dim * sizes.itemsize
     longest = bucket_length(config.max_prompt_length + config.max_completion_length)
-    whole = describe(
-        _abstract(spec, config.model.param_dtype), dataclasses.replace(sizes.layout, strategy="ddp")
-    ).param_bytes
+    whole = sizes.whole.param_bytes
     return {
         "engine's parameters": whole if sizes.shares_params else 0,
         # Cast once for all tokens of a chunk.
-        "parameters in use": whole * sizes.itemsize / jnp.dtype(config.model.param_dtype).itemsize if sizes.casts else 0,
+        "parameters in use": whole * sizes.itemsize / sizes.param_itemsize if sizes.casts else 0,
         # One layer is there twice while caches grow.
         "caches": slots * longest * entry * (spec.num_layers + 1),
         "prompts and logits": max(_prompts(sizes, entry, devices), 3 * slots * spec.vocab_size * FLOAT32),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import psutil
@@ -17,7 +19,8 @@ from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout
 from jaxrft.parallel.description import GIB
 from jaxrft.training.memory_advice import remedies, room
-from jaxrft.training.memory_model import Items, Sizes, rollout_items, state_items, update_items
+from jaxrft.training.memory_model import Items, rollout_items, state_items, update_items
+from jaxrft.training.memory_sizes import Sizes
 
 MIB = 2**20
 # Cheapest first: what each adds to the time of a step grows along the list.
@@ -68,7 +71,7 @@ class Plan:
         return tuple(name for name in self.update if name in self.rollout and name != "parameters in use")
 
     def __str__(self) -> str:
-        unit, name = (GIB, "GiB") if max(self.peak, self.limit or 0) >= GIB else (MIB, "MiB")
+        unit, name = _unit(self.peak)
         lines = [f"{f'memory of each device, {name}':<32}{'update':>10}{'rollout':>10}"]
         for item in dict.fromkeys([*self.update, *self.rollout]):
             cells = [part.get(item, 0.0) for part in (self.update, self.rollout)]
@@ -76,10 +79,19 @@ class Plan:
                 lines.append(f"  {item:<30}" + "".join(_cell(cell, unit) for cell in cells))
         totals = (sum(self.update.values()), sum(self.rollout.values()))
         lines.append(f"  {'together':<30}" + "".join(_cell(total, unit) for total in totals))
-        usable = "unknown" if self.limit is None else f"{_cell(self.limit, unit).strip()} {name}"
+        usable = "unknown" if self.limit is None else _text(self.limit)
         share = "" if self.engine_share is None else f", engine's share {self.engine_share:.0%}"
         lines.append(f"  usable: {usable}; micro-batch {self.rows}, remat {self.remat}{share}")
         return "\n".join([*lines, *(f"  {line}" for line in self.advice)])
+
+
+def _unit(size: float) -> tuple[int, str]:
+    return (GIB, "GiB") if size >= GIB else (MIB, "MiB")
+
+
+def _text(size: float) -> str:
+    unit, name = _unit(size)
+    return f"{size / unit:.2f} {name}"
 
 
 def _cell(size: float, unit: int) -> str:
@@ -90,7 +102,14 @@ def _cell(size: float, unit: int) -> str:
 
 
 def make_plan(
-    config: RLConfig, spec: DecoderSpec, layout: Layout, *, reference: bool, limit: float | None, group: int = 1
+    config: RLConfig,
+    spec: DecoderSpec,
+    layout: Layout,
+    *,
+    reference: bool,
+    limit: float | None,
+    group: int = 1,
+    platform: str | None = None,
 ) -> Plan:
     """The plan of a config.
 
@@ -100,8 +119,13 @@ def make_plan(
         reference: whether there is a reference model.
         limit: usable bytes of a device, as :func:`usable_bytes` gives them; None plans without.
         group: completions of which a micro-batch holds a multiple, where the objective compares these.
+        platform: of the devices, such as ``gpu``; None: of those in the mesh.
     """
-    search = functools.partial(_best, spec=spec, layout=layout, reference=reference, limit=limit)
+
+    def sizes_of(changed: RLConfig, remat: str) -> Sizes:
+        return Sizes(changed, spec, layout, remat, platform)
+
+    search = functools.partial(_best, sizes_of=sizes_of, reference=reference, limit=limit)
     plan = search(config)
     if limit is None:
         return plan
@@ -109,9 +133,13 @@ def make_plan(
     def fits(changed: RLConfig) -> bool:
         return search(changed).fits
 
-    apart = Sizes(config, spec, layout, plan.remat).host_is_apart
-    advice = room(config, fits, group) if plan.fits else remedies(config, fits, group, offload=apart)
-    return dataclasses.replace(plan, advice=advice)
+    if not plan.fits:
+        apart = sizes_of(config, plan.remat).host_is_apart
+        return dataclasses.replace(plan, advice=remedies(config, fits, group, offload=apart))
+    # Larger micro-batches that need more to be computed again would gain nothing.
+    same: dict[str, Any] = {"remat": plan.remat}
+    chosen = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **same))
+    return dataclasses.replace(plan, advice=room(chosen, fits))
 
 
 def check_plan(plan: Plan) -> None:
@@ -124,10 +152,9 @@ def check_plan(plan: Plan) -> None:
         return
     phase = "an update" if sum(plan.update.values()) == plan.peak else "a rollout"
     settings = "; ".join(plan.advice) or "no setting of this run would: take more devices or a smaller model"
-    unit, name = (GIB, "GiB") if plan.peak >= GIB else (MIB, "MiB")
     raise ConfigError(
-        f"memory: {phase} takes {plan.peak / unit:.2f} {name} of each device, of which {plan.limit / unit:.2f} are "
-        f"usable; {settings}. (memory.device_gib says what a run may count on.)"
+        f"memory: {phase} takes {_text(plan.peak)} of each device, of which {_text(plan.limit)} are usable; "
+        f"{settings}. (memory.device_gib says what a run may count on.)"
     )
 
 
@@ -141,11 +168,13 @@ def usable_bytes(config: RLConfig, device: jax.Device) -> float | None:
     return USABLE * stats["bytes_limit"] if stats and "bytes_limit" in stats else None
 
 
-def _best(config: RLConfig, *, spec: DecoderSpec, layout: Layout, reference: bool, limit: float | None) -> Plan:
+def _best(
+    config: RLConfig, *, sizes_of: Callable[[RLConfig, str], Sizes], reference: bool, limit: float | None
+) -> Plan:
     """The plan of the config's policy; of ``auto``, that of the first policy that fits, else of the last."""
     policy = config.memory.remat
     for remat in REMATS if policy == "auto" else (policy,):
-        sizes = Sizes(config, spec, layout, remat)
+        sizes = sizes_of(config, remat)
         state = state_items(sizes, reference)
         plan = Plan(
             update=state | update_items(sizes, reference),
