@@ -79,9 +79,9 @@ def projected_logprobs(
     return _projected(hidden, kernel, targets, temperature, chunk)
 
 
-def logits_elements() -> int:
-    """Logits alive at a time on a device, unless a single time step has more."""
-    return CHUNK_ELEMENTS.get(jax.default_backend(), ACCELERATOR_CHUNK_ELEMENTS)
+def logits_elements(platform: str | None = None) -> int:
+    """Logits alive at a time on a device, unless a single time step has more; None: JAX's default platform."""
+    return CHUNK_ELEMENTS.get(platform or jax.default_backend(), ACCELERATOR_CHUNK_ELEMENTS)
 
 
 def _chunk_size(chunk: int | None, hidden: Array, kernel: Array) -> int:

@@ -156,6 +156,7 @@ class RLTrainer:
             self.layout,
             reference=self.recipe.policy.kl_coef > 0,
             limit=usable_bytes(self.config, device),
+            group=self.config.num_generations if self.recipe.policy.grouped else 1,
         )
         print(plan, flush=True)
         check_plan(plan)
