@@ -51,7 +51,8 @@ def prompt_room(length: int) -> int:
 def make_samples(count: int, length: int, vocab: int, seed: int = 0) -> list[Sample]:
     """Random samples of at most ``length`` tokens; the first has that many.
 
-    Prompts take an eighth to a quarter of it, responses a tenth to three quarters, both evenly distributed.
+    Prompts take an eighth to a quarter of it, evenly distributed; responses an eighth of the rest to all of it, evenly
+    in their logarithm, so that most are short and a few long.
     """
     rng = np.random.default_rng(seed)
     prompts = prompt_room(length)
@@ -59,7 +60,7 @@ def make_samples(count: int, length: int, vocab: int, seed: int = 0) -> list[Sam
     samples = []
     for number in range(count):
         prompt = int(rng.integers(-(-prompts // 2), prompts + 1)) if number else prompts
-        response = int(rng.integers(max(1, responses // 8), responses + 1)) if number else responses
+        response = max(1, round(responses * 8 ** -rng.random())) if number else responses
         samples.append(
             Sample(
                 prompt_ids=rng.integers(0, vocab, prompt).tolist(),

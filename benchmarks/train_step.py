@@ -94,7 +94,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--remat", nargs="+", choices=("auto", "none", "full", "save", "offload"))
     parser.add_argument("--scan-layers", nargs="+", default=["no"], choices=("no", "yes"))
     parser.add_argument("--batching", nargs="+", default=["padded", "packed"], choices=("padded", "packed"))
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[2], help="of an optimizer step")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[4], help="of an optimizer step")
     parser.add_argument("--rows", type=int, help="samples of a device in a micro-batch; default: as --tokens allow")
     parser.add_argument("--tokens", type=int, help="tokens of a device in a padded micro-batch, without --rows")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")

@@ -25,8 +25,12 @@ def benchmark(monkeypatch):
 
 def test_report_is_complete_and_consistent(benchmark, tmp_path, capsys):
     output = tmp_path / "folder" / "report.json"
-    command = "--models tiny --lengths 16 --rows 2 --remat none --batching padded --strategies auto zero3 --steps 2"
-    benchmark("train_step").main([*command.split(), "--in-process", "--ceiling-size", "128", "--output", str(output)])
+    command = (
+        "--models tiny --lengths 16 --rows 2 --remat none --batching padded --strategies auto zero3 --micro-batches 2"
+    )
+    benchmark("train_step").main(
+        [*command.split(), "--steps", "2", "--in-process", "--ceiling-size", "128", "--output", str(output)]
+    )
     report = json.loads(output.read_text())
     assert report["command"].startswith("python benchmarks/train_step.py --models tiny")
     assert {"date", "device", "host", "versions", "flops", "options"} <= set(report)
