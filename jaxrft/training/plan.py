@@ -159,11 +159,14 @@ def check_plan(plan: Plan) -> None:
 
 
 def usable_bytes(config: RLConfig, device: jax.Device) -> float | None:
-    """Bytes of a device that a plan may fill; of CPU devices, each one's share of the memory that is free."""
+    """Bytes of a device that a plan may fill; of CPU devices, each one's share of the machine's.
+
+    Not of what is free just now: a run that is resumed must plan as it did, or its sums would round otherwise.
+    """
     if config.memory.device_gib is not None:
         return config.memory.device_gib * GIB
     if device.platform == "cpu":
-        return USABLE * psutil.virtual_memory().available / jax.local_device_count()
+        return USABLE * psutil.virtual_memory().total / jax.local_device_count()
     stats = device.memory_stats()
     return USABLE * stats["bytes_limit"] if stats and "bytes_limit" in stats else None
 

@@ -260,7 +260,7 @@ def test_limits(monkeypatch):
     assert usable_bytes(config_of(memory={"device_gib": 0.5}), jax.devices()[0]) == 0.5 * GIB
     assert usable_bytes(config, Device({"bytes_limit": 100})) == pytest.approx(92)
     assert usable_bytes(config, Device(None)) is None
-    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000}))
     monkeypatch.setattr(planning.jax, "local_device_count", lambda: 4)
     assert usable_bytes(config, jax.devices()[0]) == pytest.approx(230)
 
