@@ -158,8 +158,10 @@ def test_from_config_refuses_unknown_fields():
 
 
 def test_types(source, tmp_path):
-    with pytest.raises(ConfigError, match="dtype: got 'float16', takes one of float32, bfloat16"):
-        models.load(source, dtype="float16")
+    with pytest.raises(ConfigError, match="^dtype: got 'float64', takes one of float32, bfloat16, float16$"):
+        models.load(source, dtype="float64")
+    with pytest.raises(ConfigError, match="^param_dtype: got 'float16', takes one of float32, bfloat16$"):
+        models.load(source, param_dtype="float16")
     with pytest.raises(ConfigError, match="dtype: got 'int8', takes one of float32, bfloat16, float16"):
         models.save(models.load(source), tmp_path, dtype="int8")
 

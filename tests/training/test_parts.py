@@ -248,13 +248,13 @@ def test_models_by_config(tmp_path):
     lengths = {"max_prompt_length": 8, "max_completion_length": 8}
     config = RLConfig(model=MODEL, seed=5, **lengths)
     tokenizer = parts.build_tokenizer(config, None, None)
-    model = parts.build_model(config, None, tokenizer, None)
+    model = parts.build_model(config, None, tokenizer, None, "none")
     assert model.spec.vocab_size == len(tokenizer)
     assert (model.spec.hidden_size, model.spec.num_layers) == (16, 1)
-    other = parts.build_model(RLConfig(model=MODEL, seed=6, **lengths), None, tokenizer, None)
+    other = parts.build_model(RLConfig(model=MODEL, seed=6, **lengths), None, tokenizer, None, "none")
     assert not np.array_equal(model.embed.embedding[...], other.embed.embedding[...])
     half = ModelConfig(scratch=SCRATCH, tokenizer=MODEL.tokenizer, dtype="bfloat16")
-    lowered = parts.build_model(RLConfig(model=half, **lengths), None, tokenizer, None)
+    lowered = parts.build_model(RLConfig(model=half, **lengths), None, tokenizer, None, "none")
     assert lowered.hidden(np.zeros((1, 3), np.int32)).dtype == "bfloat16"
     assert lowered.embed.embedding[...].dtype == "float32"
 
@@ -281,5 +281,5 @@ def test_engine_by_config():
         rollout=RolloutConfig(engine="native", max_slots=3, decode_chunk=2),
     )
     tokenizer = parts.build_tokenizer(config, None, None)
-    engine = parts.build_engine(config, parts.build_model(config, None, tokenizer, None), tokenizer)
+    engine = parts.build_engine(config, parts.build_model(config, None, tokenizer, None, "none"), tokenizer)
     assert (engine._max_slots, engine._steps, engine._max_length) == (3, 2, 12)
