@@ -77,11 +77,12 @@ def _read_spec(config: RLConfig, model: str | Path | None, tokenizer: Any) -> De
 
 
 def build_model(
-    config: RLConfig, model: str | Path | Decoder | None, tokenizer: Any, layout: Layout, remat: str
+    config: RLConfig, model: str | Path | Decoder | None, tokenizer: Any, layout: Layout | None, remat: str = "none"
 ) -> Decoder:
     """The module given, or one loaded or made as the config says.
 
     Args:
+        layout: where its parameters lie; None: on the default device.
         remat: policy, as planned.
     """
     built = model if isinstance(model, Decoder) else _make_model(config, model, tokenizer, layout)
@@ -93,7 +94,7 @@ def build_model(
     return built
 
 
-def _make_model(config: RLConfig, model: str | Path | None, tokenizer: Any, layout: Layout) -> Decoder:
+def _make_model(config: RLConfig, model: str | Path | None, tokenizer: Any, layout: Layout | None) -> Decoder:
     source = model if model is not None else config.model.path
     options: dict[str, Any] = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype, "layout": layout}
     if source is None:

@@ -47,7 +47,7 @@ def reads(sources: Iterable[str], root: type[Section], properties: Mapping[str, 
     Args:
         sources: Python modules.
         root: the config class; ``anything.config`` is taken to be of it, but for ``jax.config``.
-        properties: names of the root's properties -> leaves that each reads.
+        properties: names of the classes' properties -> leaves that each reads.
     """
     found: set[Leaf] = set()
     dynamic: set[str] = set()
@@ -127,7 +127,7 @@ class _Reader(ast.NodeVisitor):
         if owner is not None and isinstance(node.ctx, ast.Load):
             if node.attr in self.fields[owner]:
                 self.found.add((owner, node.attr))
-            elif owner == self.root.__name__:
+            else:
                 self.found |= self.properties.get(node.attr, set())
         self.generic_visit(node)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrft.config import RLConfig, RolloutConfig
+from jaxrft.config import ParallelConfig, RLConfig, RolloutConfig
 from jaxrft.config.base import option
 from jaxrft.config.rl import RECIPE_FIELDS
 from tests.config.leaf_reads import Leaf, leaves, properties, reads
@@ -15,8 +15,8 @@ from tests.config.leaf_reads import Leaf, leaves, properties, reads
 ROOT = Path(__file__).resolve().parents[2]
 LEAVES = leaves(RLConfig)
 
-PARTS, RECIPES, RUNS, UPDATES = (
-    f"tests/config/test_effects_on_{name}.py" for name in ("parts", "recipes", "runs", "updates")
+DEVICES, PARTS, RECIPES, RUNS, UPDATES = (
+    f"tests/config/test_effects_on_{name}.py" for name in ("devices", "parts", "recipes", "runs", "updates")
 )
 ENVIRONMENT = "tests/config/test_environment.py"
 
@@ -81,6 +81,9 @@ EFFECTS = {
     "model.scratch": f"{PARTS}::test_model",
     "model.tokenizer": f"{PARTS}::test_model",
     "model.dtype": f"{PARTS}::test_model",
+    "model.param_dtype": f"{DEVICES}::test_param_dtype",
+    "model.loss_scale": f"{DEVICES}::test_loss_scale",
+    "model.loss_scale_steps": f"{DEVICES}::test_loss_scale",
     "data.train": f"{PARTS}::test_prompts",
     "data.eval": f"{PARTS}::test_prompts",
     "data.train_split": f"{PARTS}::test_prompts_of_a_split",
@@ -103,12 +106,22 @@ EFFECTS = {
     "rollout.stop": f"{UPDATES}::SAMPLING",
     "rollout.stop_token_ids": f"{UPDATES}::SAMPLING",
     "rollout.first_token_temperature": f"{UPDATES}::SAMPLING",
+    "parallel.strategy": f"{DEVICES}::LAYOUTS",
     "parallel.replica": f"{UPDATES}::BATCHES",
+    "parallel.fsdp": f"{DEVICES}::LAYOUTS",
+    "parallel.sequence": f"{DEVICES}::LAYOUTS",
+    "parallel.tensor": f"{DEVICES}::LAYOUTS",
     "parallel.virtual_devices": f"{ENVIRONMENT}::test_effect_in_a_new_process",
     "parallel.memory_fraction": f"{ENVIRONMENT}::test_memory_fraction",
     "parallel.xla_flags": f"{ENVIRONMENT}::test_xla_flags_are_appended",
     "parallel.compilation_cache": f"{ENVIRONMENT}::test_effect_in_a_new_process",
     "parallel.deterministic": f"{ENVIRONMENT}::test_xla_flags_are_appended",
+    "memory.remat": f"{DEVICES}::test_remat",
+    "memory.remat_names": f"{DEVICES}::test_remat_names",
+    "memory.scan_layers": f"{DEVICES}::test_scan_layers",
+    "memory.offload_optimizer": f"{DEVICES}::test_offload",
+    "memory.offload_reference": f"{DEVICES}::test_offload",
+    "memory.device_gib": "tests/training/test_plan.py::test_limits",
     "batching.pack": f"{UPDATES}::PACKING",
     "batching.tokens_per_device": f"{UPDATES}::PACKING",
     "batching.row_length": f"{UPDATES}::PACKING",
@@ -194,7 +207,9 @@ def sources() -> list[str]:
 
 
 def of_properties() -> dict[str, set[Leaf]]:
-    return properties((ROOT / "jaxrft" / "config" / "rl.py").read_text(), RLConfig, RECIPE_FIELDS)
+    folder = ROOT / "jaxrft" / "config"
+    of_parallel = properties((folder / "rooms.py").read_text(), ParallelConfig, ())
+    return of_parallel | properties((folder / "rl.py").read_text(), RLConfig, RECIPE_FIELDS)
 
 
 def test_every_field_is_read():
@@ -258,6 +273,8 @@ def test_reads_through_properties():
     assert ("AlgorithmConfig", "kl_kind") in found["algorithm_overrides"]
     source = "def f(config: RLConfig): return config.rollout_prompts"
     assert ("RLConfig", "num_generations") in reads([source], RLConfig, found)
+    source = "def f(config: RLConfig): return config.parallel.chosen_strategy"
+    assert ("ParallelConfig", "strategy") in reads([source], RLConfig, found)
 
 
 def source_of(test: str) -> str | None:

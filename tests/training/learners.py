@@ -42,7 +42,7 @@ def make_model(vocab=VOCAB):
     return nnx.merge(graphdef, jax.tree.map(jnp.array, params))
 
 
-def learner_of(module, rows, parts=1, **changes):
+def learner_of(module, /, rows, parts=1, **changes):
     """The epsilon keeps AdamW's steps close to the gradient: the signs of tiny gradients are rounding."""
     settings = {
         "learning_rate": 1.0,
