@@ -195,6 +195,8 @@ def _projected_forward(hidden, kernel, targets, temperature, chunk):
 
 def _projected_backward(chunk, residuals, cotangents):
     hidden, kernel, *rest = residuals
+    kernel, d_logprobs = parallel.apart(kernel, cotangents[0])
+    cotangents = (d_logprobs, cotangents[1])
     cast_kernel = kernel.astype(hidden.dtype)
     tokens = (*rest, *cotangents)
     shards = _shards(hidden, kernel)

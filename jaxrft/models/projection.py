@@ -71,6 +71,7 @@ def _project_forward(x, kernel, axes, units):
 
 def _project_backward(axes, units, residuals, dy):
     x, kernel = residuals
+    kernel, dy = parallel.apart(kernel, dy)
     w = parallel.gather(kernel.astype(x.dtype), axes, units)
     dx = parallel.constrain(_product(dy, w.T), (*leading(x), axes[0]), (*x.shape[:-1], units[0]))
     if _flattens():

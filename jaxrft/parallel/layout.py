@@ -124,6 +124,18 @@ def gather(parameter: Array, axes: Sequence[str | None], units: Sequence[int] | 
     return jax.lax.with_sharding_constraint(parameter, layout.named(layout.gathered(axes, parameter.shape, units)))
 
 
+def apart(parameter: Array, cotangent: Array) -> tuple[Array, Array]:
+    """A sharded parameter that the backward pass gathers for itself, and the cotangent that it waits for.
+
+    Without this the compiler finds that forward and backward pass gather the same, gathers once, and keeps the whole
+    parameters of all layers in between. Both are unchanged where parameters are not sharded.
+    """
+    layout = current()
+    if layout is None or not layout.shards("params"):
+        return parameter, cotangent
+    return jax.lax.optimization_barrier((parameter, cotangent))
+
+
 def constrain_gradient(gradient: Array, axes: Sequence[str | None], units: Sequence[int] | None = None) -> Array:
     """A parameter's gradient laid out as the strategy says; unchanged outside of a layout."""
     layout = current()

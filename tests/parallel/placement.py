@@ -37,7 +37,8 @@ def main() -> None:
             case = updates.Case(strategy, tensor, sequence, parts=2)
             learner = updates.learner_of(case)
             batch = learner.prepare(make_samples(updates.SAMPLES, vocab=64), score_old=False)
-            compiled = learner._step.lower(learner.state, batch, np.ones(2, np.float32), np.float32(0)).compile()
+            lowered = learner._step.lower(learner.state, batch, np.ones(2, np.float32), np.float32(0))
+            compiled = lowered.compile()
             before = held((learner.state.params, learner.state.opt_state))
             list(learner.update(batch, 9, None))
             after = held((learner.state.params, learner.state.opt_state))
@@ -52,6 +53,7 @@ def main() -> None:
                 "moments": held(learner.state.opt_state),
                 "same": before == after,
                 "temp": compiled.memory_analysis().temp_size_in_bytes,
+                "barriers": lowered.as_text().count("optimization_barrier"),
                 "sizes": sizes,
                 "described": [description.param_bytes, description.gradient_bytes, description.moment_bytes],
                 "whole": description.whole,

@@ -65,6 +65,12 @@ def test_gradients_are_kept_in_shares(records, tensor):
     assert whole["temp"] - cut["temp"] > 0.8 * saved
 
 
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_the_backward_pass_gathers_for_itself(records, strategy):
+    """A barrier before each of a layer's seven products and the projection; else what is gathered would be kept."""
+    assert records[strategy, 1]["barriers"] == (8 if "p" in SHARDED[strategy] else 0)
+
+
 def test_the_description_is_readable(records):
     text = records["zero2", 2]["text"]
     assert text.startswith("zero2 on 8 devices: replica 1 x fsdp 2 x sequence 2 x tensor 2")
