@@ -128,10 +128,11 @@ def apart(parameter: Array, cotangent: Array) -> tuple[Array, Array]:
     """A sharded parameter that the backward pass gathers for itself, and the cotangent that it waits for.
 
     Without this the compiler finds that forward and backward pass gather the same, gathers once, and keeps the whole
-    parameters of all layers in between. Both are unchanged where parameters are not sharded.
+    parameters of all layers in between. Both are unchanged where parameters are not sharded; and on a CPU, whose
+    compiler drops the barrier late: it would gather twice, and keep both.
     """
     layout = current()
-    if layout is None or not layout.shards("params"):
+    if layout is None or not layout.shards("params") or jax.default_backend() == "cpu":
         return parameter, cotangent
     return jax.lax.optimization_barrier((parameter, cotangent))
 

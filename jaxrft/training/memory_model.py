@@ -51,7 +51,7 @@ def _activations(sizes: Sizes) -> Items:
         items["layers stacked"] = sizes.of_layers("param_bytes")
     if sizes.shares_params or sizes.casts:
         # Not computed again: the compiler finds that backward and forward pass cast the same. Where they gather too, a
-        # barrier is between them, which the CPU's compiler alone ignores.
+        # barrier is between them, but on a CPU.
         kept = sizes.platform == "cpu" or not sizes.shares_params
         shared = kept and sizes.remat == "none" and not sizes.scan
         items["parameters in use"] = (sizes.spec.num_layers if shared else 1) * sizes.layer_elements * sizes.itemsize

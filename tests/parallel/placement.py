@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -37,8 +38,11 @@ def main() -> None:
             case = updates.Case(strategy, tensor, sequence, parts=2)
             learner = updates.learner_of(case)
             batch = learner.prepare(make_samples(updates.SAMPLES, vocab=64), score_old=False)
-            lowered = learner._step.lower(learner.state, batch, np.ones(2, np.float32), np.float32(0))
-            compiled = lowered.compile()
+            arguments = (learner.state, batch, np.ones(2, np.float32), np.float32(0))
+            compiled = learner._step.lower(*arguments).compile()
+            # As for a GPU: lowered anew, in a learner of its own, and not compiled.
+            with mock.patch("jax.default_backend", return_value="gpu"):
+                lowered = updates.learner_of(case)._step.lower(*arguments)
             before = held((learner.state.params, learner.state.opt_state))
             list(learner.update(batch, 9, None))
             after = held((learner.state.params, learner.state.opt_state))
