@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from jaxrft.models import Decoder, ScalarModel
+from jaxrft.parallel.host import to_device, to_host
 from tests.conftest import ROOT
 from tests.parallel.updates import SPEC, STRATEGIES
 
@@ -52,6 +54,18 @@ def test_scores_are_values_at_the_last_valid_token():
     names = {path for path, _ in nnx.to_flat_state(nnx.state(model.decoder, nnx.Param))}
     full = {path for path, _ in nnx.to_flat_state(nnx.state(Decoder(SPEC, rngs=nnx.Rngs(0)), nnx.Param))}
     assert full - names == {("lm_head", "kernel")}
+
+
+def test_a_reward_model_lies_in_the_hosts_memory_between_uses():
+    model = ScalarModel(SPEC, rngs=nnx.Rngs(0))
+    tokens, lengths = jnp.ones((2, 5), jnp.int32), jnp.array([5, 3])
+    graphdef, params = nnx.split(model)
+    expected = np.asarray(model.scores(tokens, lengths))
+    kept = to_host(params)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kept)} == {"pinned_host"}
+    used = to_device(kept)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(used)} == {"device"}
+    np.testing.assert_array_equal(nnx.merge(graphdef, used).scores(tokens, lengths), expected)
 
 
 def check_lowered(records):
