@@ -27,7 +27,7 @@ from jaxrft.training.batch import (
     select_step,
 )
 from jaxrft.training.optimizer import adamw, schedule
-from jaxrft.training.state import Placement, init_state
+from jaxrft.training.state import Placement, make_init
 from jaxrft.training.step import make_score, make_train_step
 
 UNBOUNDED = np.full((2,), np.inf, np.float32)
@@ -49,12 +49,8 @@ class Learner:
         self.placement = Placement(layout, config.memory.offload_optimizer)
         self.graphdef, params = nnx.split(model)
         self.optimizer = adamw(config)
-        scale = (config.model.loss_scale or 65536.0) if config.model.dtype == "float16" else None
-        like = jax.eval_shape(lambda: init_state(params, self.optimizer, scale))
-        # Moments are made where they belong: whole ones of a large model would not fit on one device.
-        self._init = jax.jit(
-            lambda params: init_state(params, self.optimizer, scale), out_shardings=self.placement.shardings(like)
-        )
+        self.first_loss_scale = (config.model.loss_scale or 65536.0) if config.model.dtype == "float16" else None
+        self._init, like = make_init(params, self.optimizer, self.placement, self.first_loss_scale)
         self.reset(params)
         self.reference: Any = None
         self._score = make_score(self.graphdef, layout)
@@ -75,7 +71,7 @@ class Learner:
 
     def reset(self, params: Any) -> None:
         """Starts anew from ``params``, with an optimizer that has seen nothing."""
-        self.state = self._init(jax.device_put(params, self.layout.shardings("params", params)))
+        self.state = self._init(params)
 
     @property
     def step(self) -> int:

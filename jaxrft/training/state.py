@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxrft.parallel import Layout, replicated
 from jaxrft.parallel.host import host_shardings
@@ -36,6 +36,11 @@ class TrainState:
     step: Int[Array, ""]
     skipped: Int[Array, ""]
     loss_scale: LossScale | None = None
+
+    @property
+    def scale(self) -> Float[Array, ""]:
+        """What the loss is multiplied with: 1 but for float16."""
+        return jnp.float32(1) if self.loss_scale is None else self.loss_scale.value
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, loss_scale: float | None = None) -> TrainState:
@@ -77,6 +82,33 @@ class Placement:
     def lay(self, kind: str, tree: Any) -> Any:
         """Inside a program: a tree of parameters, gradients or moments where the strategy has them on the devices."""
         return jax.lax.with_sharding_constraint(tree, self.layout.shardings(kind, tree))
+
+
+def make_init(
+    params: Any, optimizer: optax.GradientTransformation, placement: Placement, loss_scale: float | None = None
+) -> tuple[Callable[[Any], TrainState], TrainState]:
+    """A function that makes the state before the first step where it belongs, and what it makes, abstract.
+
+    Moments are made in their shards: whole ones of a large model would not fit on one device. Parameters are moved, not
+    copied, where they lie elsewhere.
+
+    Args:
+        params: of the structure that the function will be given; they may be abstract.
+        loss_scale: the first one, with float16.
+    """
+
+    def rest(params: Any) -> TrainState:
+        return dataclasses.replace(init_state(params, optimizer, loss_scale), params=None)
+
+    like = jax.eval_shape(lambda params: init_state(params, optimizer, loss_scale), params)
+    shardings = placement.shardings(like)
+    make = jax.jit(rest, out_shardings=dataclasses.replace(shardings, params=None))
+
+    def init(params: Any) -> TrainState:
+        placed = jax.device_put(params, shardings.params)
+        return dataclasses.replace(make(placed), params=placed)
+
+    return init, like
 
 
 def under(layout: Layout) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

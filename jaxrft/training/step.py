@@ -80,7 +80,7 @@ def make_train_step(
         if objective.kl_coef > 0:
             shared["kl_coef"] = kl_coef
         selection = _select(graphdef, objective, state.params, batch, key)
-        scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.value
+        scale = state.scale
         loss = functools.partial(_micro_loss, graphdef, objective, shared, scale)
         gradients, stats = accumulate(loss, state.params, (batch, selection), placement)
         gradients = jax.tree.map(lambda g: g / scale, gradients)

@@ -14,17 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxrft import algorithms as alg
-from jaxrft.config import ConfigError, WarmStartConfig
+from jaxrft.config import ConfigError, RLConfig
 from jaxrft.data.order import PromptOrder
 from jaxrft.data.records import Prompt
 from jaxrft.data.tokenizers import encode_text
 from jaxrft.parallel import replicated
+from jaxrft.parallel.loss_scale import adjust
 from jaxrft.tracking import Tracker
 from jaxrft.training.batch import Sample, TrainBatch, make_batch
 from jaxrft.training.forward import response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
 from jaxrft.training.phases import Phases
 from jaxrft.training.rollouts import evaluation_sampling
+from jaxrft.training.state import TrainState, apply_gradients, make_init, under
 
 if TYPE_CHECKING:
     from jaxrft.training.learner import Learner
@@ -85,21 +87,20 @@ class SupervisedStage:
         # Each stage draws its order from a seed of its own.
         order = PromptOrder(len(samples), min(settings.batch_size, len(samples)), seed=self.config.seed + 1)
         optimizer = optax.scale_by_adam(b2=0.99)
-        step_fn = _make_step(learner, optimizer, settings)
-        params = learner.state.params
-        like = jax.eval_shape(optimizer.init, params)
-        opt_state = jax.jit(optimizer.init, out_shardings=learner.layout.shardings("moments", like))(params)
+        init, like = make_init(learner.state.params, optimizer, learner.placement, learner.first_loss_scale)
+        step_fn = _make_step(learner, optimizer, self.config, like)
+        state = init(learner.state.params)
         longest = max(samples, key=lambda s: len(s.prompt_ids) + len(s.response_ids))
-        self._look(params, 0, {})
+        self._look(state.params, 0, {})
         try:
             for step in range(1, settings.max_steps + 1):
                 batch = _one_shape([samples[i] for i in order.indices(step - 1)], longest)
-                params, opt_state, loss = step_fn(params, opt_state, batch, step)
+                state, loss = step_fn(state, batch)
                 looks = step % settings.eval_steps == 0 or step == settings.max_steps
-                if looks and self._look(params, step, {"loss": float(loss)}) >= settings.target_accuracy:
+                if looks and self._look(state.params, step, {"loss": float(loss)}) >= settings.target_accuracy:
                     break
         finally:
-            learner.reset(params)
+            learner.reset(state.params)
             self.trainer.hand_over()
 
     def _look(self, params: Any, step: int, metrics: dict[str, float]) -> float:
@@ -123,29 +124,33 @@ def _one_shape(chosen: Sequence[Sample], longest: Sample) -> TrainBatch:
     return jax.tree.map(lambda a: a[:, :-1] if a.ndim > 1 else a, batch)
 
 
-def _make_step(learner: Learner, optimizer: optax.GradientTransformation, config: WarmStartConfig):
-    warmup = max(config.max_steps // 10, 1)
-    graphdef, layout = learner.graphdef, learner.layout
+def _make_step(learner: Learner, optimizer: optax.GradientTransformation, config: RLConfig, like: TrainState):
+    """A program for one supervised step; it donates the state, which is of the structure of ``like``."""
+    settings, graphdef, placement = config.warm_start, learner.graphdef, learner.placement
+    warmup = max(settings.max_steps // 10, 1)
 
-    def loss_fn(params: Any, batch: TrainBatch) -> Float[Array, ""]:
-        model = nnx.merge(graphdef, params)
+    def loss_fn(params: Any, batch: TrainBatch, scale: Float[Array, ""]) -> Float[Array, ""]:
         part = jax.tree.map(lambda a: a[0], batch)
-        logprobs, _ = response_logprobs(model, part)
-        return -jnp.sum(logprobs * alg.token_weights(part.mask, "token_mean", alg.totals(part.mask)))
+        logprobs, _ = response_logprobs(nnx.merge(graphdef, params), part)
+        return -scale * jnp.sum(logprobs * alg.token_weights(part.mask, "token_mean", alg.totals(part.mask)))
 
-    def step_fn(params: Any, opt_state: Any, batch: TrainBatch, step: int):
-        with layout.use():
-            loss, gradients = jax.value_and_grad(loss_fn)(params, batch)
+    @under(placement.layout)
+    def step_fn(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Float[Array, ""]]:
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch, state.scale)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale, gradients)
         norm = optax.global_norm(gradients)
-        directions, moments = optimizer.update(clip_by_norm(gradients, norm, 1.0), opt_state, params)
-        rate = config.learning_rate * jnp.minimum(step / warmup, 1.0)
-        moved = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), params, directions)
         # A batch whose gradient is not finite changes nothing, as in RL.
-        sound = jnp.isfinite(norm)
-        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), (moved, moments), (params, opt_state))
-        return *kept, loss
+        finite = jnp.isfinite(norm)
+        rate = settings.learning_rate * jnp.minimum((state.step + 1) / warmup, 1.0)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        params, opt_state = apply_gradients(
+            state, optimizer, clip_by_norm(gradients, norm, 1.0), rate, finite, placement, key
+        )
+        scale = state.loss_scale
+        if scale is not None:
+            scale = adjust(scale, finite, config.model.loss_scale_steps or 2000)
+        moved = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, loss_scale=scale)
+        return moved, loss / state.scale
 
-    like = learner.state.params
-    moments = layout.shardings("moments", jax.eval_shape(optimizer.init, like))
-    out = (layout.shardings("params", like), moments, replicated(layout.mesh))
-    return jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
+    out = (placement.shardings(like), replicated(placement.layout.mesh))
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=out)

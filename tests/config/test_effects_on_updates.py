@@ -161,7 +161,7 @@ def supervised(folder, monkeypatch, **values):
 
     with monkeypatch.context() as patch:
         patch.setattr(warm_start, "make_batch", make_batch)
-        patch.setattr(warm_start, "_make_step", lambda *_: lambda params, state, batch, step: (params, state, 0.0))
+        patch.setattr(warm_start, "_make_step", lambda *_: lambda state, batch: (state, 0.0))
         patch.setattr(warm_start.SupervisedStage, "_look", lambda _, p, step, metrics: looks.append(step) or step / 10)
         config = tiny_config(folder, warm_start=WarmStartConfig(**values))
         trainer = RLTrainer(config=config, reward_funcs=digits, train_dataset=ROWS)

@@ -5,12 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from jaxrft.config import ModelConfig
+from jaxrft.config import ModelConfig, WarmStartConfig
 from jaxrft.models.decoder import Decoder
+from jaxrft.training import warm_start
+from jaxrft.training.batch import make_batch
 from jaxrft.training.checkpoint import Checkpoints
+from jaxrft.training.state import make_init
 from tests.training.learners import LONGEST, VOCAB, bit_equal, host, initial_model, learner_of, make_samples
 
 
@@ -119,6 +123,29 @@ def test_bfloat16_parameters_follow_float32_ones():
     noise = np.std(followed - moved) / np.linalg.norm(moved)
     assert noise < 0.03
     assert moved @ followed / (moved @ moved) == pytest.approx(1.0, abs=4 * noise)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [ModelConfig(), ModelConfig(dtype="float16"), ModelConfig(dtype="bfloat16", param_dtype="bfloat16")],
+    ids=lambda settings: f"{settings.dtype}-{settings.param_dtype}",
+)
+def test_the_warm_start_keeps_the_same_types(settings):
+    """One supervised step is the shared update: float32 moments, a loss scale, rounding; and it learns."""
+    learner = make_learner(settings, warm_start=WarmStartConfig(max_steps=10, learning_rate=0.02))
+    optimizer = optax.scale_by_adam(b2=0.99)
+    init, like = make_init(learner.state.params, optimizer, learner.placement, learner.first_loss_scale)
+    step, state = warm_start._make_step(learner, optimizer, learner.config, like), init(learner.state.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {jnp.dtype("float32")}
+    assert float(state.scale) == (65536.0 if settings.dtype == "float16" else 1.0)
+    batch, losses = make_batch(make_samples(8), 8, temperature=1.0), []
+    for _ in range(12):
+        state, loss = step(state, batch)
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(settings.param_dtype)}
+    if settings.dtype == "float16":
+        assert int(state.loss_scale.good_steps) == 12
 
 
 def flat(learner):
