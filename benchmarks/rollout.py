@@ -11,9 +11,7 @@ sides take turns, and the median of the repeats counts.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from machine import describe_machine
 
 from jaxrft.models import Decoder, DecoderSpec, load
 from jaxrft.models.spec import RopeSpec
@@ -45,7 +44,7 @@ def main() -> None:
                 print(json.dumps(cases[-1]), flush=True)
     report = {
         "command": shlex.join(["python", "benchmarks/rollout.py", *sys.argv[1:]]),
-        **environment(),
+        **describe_machine(PACKAGES),
         "options": vars(arguments),
         "cases": cases,
     }
@@ -203,21 +202,6 @@ def summary(seconds: list[float], first: float, tokens: int, steps: int) -> dict
         "first_call_seconds": round(first, 3),
         "tokens_per_second": round(tokens / median, 1),
         "ms_per_step": round(1000 * median / steps, 3),
-    }
-
-
-def environment() -> dict[str, Any]:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    device = jax.devices()[0]
-    return {
-        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
-        "host": {"machine": platform.machine(), "python": platform.python_version()},
-        "versions": {package: version(package) for package in PACKAGES},
     }
 
 

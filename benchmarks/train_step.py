@@ -28,12 +28,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import step_shapes
+from machine import describe_machine
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 AXES = ("replica", "fsdp", "sequence", "tensor")
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(argv)
     run = in_this_process if options.in_process else in_a_process
-    machine = run(describe_machine, options.virtual_devices)
+    machine = run(describe_machine, options.virtual_devices, PACKAGES)
     defaults = DEFAULTS.get(machine["device"]["platform"], DEFAULTS["gpu"])
     for name, value in defaults.items():
         if getattr(options, name, None) is None:
@@ -184,23 +183,6 @@ def prepare(virtual_devices: int | None) -> None:
     # Threads that wait busily make torch many times slower as soon as anything else runs on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.apply(ParallelConfig(virtual_devices=virtual_devices, compilation_cache=None))
-
-
-def describe_machine() -> dict[str, Any]:
-    import jax
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    device = jax.devices()[0]
-    return {
-        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
-        "host": {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-    }
 
 
 COLUMNS = (

@@ -14,6 +14,7 @@ def test_benchmark_writes_its_report(tmp_path, monkeypatch) -> None:
     shape = "--hidden-size 16 --layers 1 --heads 2 --kv-heads 1 --intermediate-size 16 --vocab-size 17"
     load = "--concurrency 4 --group 2 --prompt-length 3 --response-length 2 5 --repeats 1 --no-peer"
     monkeypatch.setattr(sys, "argv", ["rollout.py", *shape.split(), *load.split(), "--output", str(report)])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     runpy.run_path(str(ROOT / "benchmarks" / "rollout.py"), run_name="__main__")
     written = json.loads(report.read_text())
     assert written["command"].startswith("python benchmarks/rollout.py --hidden-size 16")
