@@ -187,9 +187,9 @@ class MemoryConfig(Section):
         "What the backward pass keeps of each layer: all (none), only its input, computing the rest again (full), the "
         "tensors in remat_names too (save), or these in the host's memory (offload). auto: the fastest that fits.",
     )
-    remat_names: list[str] = option(
+    remat_names: list[Literal["layer_input", "query", "key", "value", "attention", "gate", "up"]] = option(
         factory=lambda: ["query", "key", "value", "attention"],
-        help="Tensors that save and offload keep: layer_input, query, key, value, attention, gate, up.",
+        help="Tensors that save and offload keep.",
     )
     scan_layers: bool = option(
         False, "Run the layers in a loop: compiles in a fraction of the time, and takes a copy of sharded parameters."

@@ -86,10 +86,7 @@ def build_model(
         remat: policy, as planned.
     """
     built = model if isinstance(model, Decoder) else _make_model(config, model, tokenizer, layout)
-    try:
-        built.remat = Remat(remat, tuple(config.memory.remat_names))
-    except ValueError as error:
-        raise ConfigError(f"memory.{error}") from error
+    built.remat = Remat(remat, tuple(config.memory.remat_names))
     built.scan_layers = config.memory.scan_layers
     return built
 
