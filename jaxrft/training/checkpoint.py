@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxrft.config import ConfigError
 from jaxrft.training import disk
+
+# Where one array cannot be read, Orbax leaves the reads of the others under way in native threads, and closes the loop
+# that they report to. Python 3.11 was seen to break when they did so while other code ran: they end first.
+SETTLING_SECONDS = 2.0
 
 
 class CheckpointError(ConfigError):
@@ -119,6 +124,7 @@ class Checkpoints:
             try:
                 return self._restore(step, like)
             except Exception as error:
+                time.sleep(SETTLING_SECONDS)
                 self._warn(
                     f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); trying the one before"
                 )

@@ -104,9 +104,7 @@ def test_remat_names():
     ]
     assert products == sorted(products, reverse=True)
     assert len(set(products)) == 4
-    with pytest.raises(
-        ConfigError, match=r"^memory\.remat_names: got \['scores'\], takes a list of layer_input, .*"
-    ):
+    with pytest.raises(ConfigError, match=r"^memory\.remat_names: got \['scores'\], takes a list of layer_input, .*"):
         model_of(memory={"remat": "save", "remat_names": ["scores"]})
 
 
