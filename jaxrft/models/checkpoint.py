@@ -104,8 +104,7 @@ def from_config(
     Raises:
         ConfigError: a family, a field or a value that we do not have.
     """
-    family = family_of(hf_config)
-    spec = family.spec(complete(hf_config, strict=True))
+    spec = spec_from_config(hf_config)
     if hf_config.get("attention_dropout"):
         raise ConfigError(f"attention_dropout: got {hf_config['attention_dropout']}, takes 0: there is no dropout here")
     # Not jitted as a whole: one program that draws every parameter takes seconds to compile.
