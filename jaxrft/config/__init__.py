@@ -12,11 +12,11 @@ from jaxrft.config.rooms import (
     ModelConfig,
     ParallelConfig,
     RewardsConfig,
-    RolloutConfig,
     TrackingConfig,
     WarmStartConfig,
     WatchdogConfig,
 )
+from jaxrft.config.rollout import RolloutConfig, VLLMConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -33,6 +33,7 @@ __all__ = [
     "RolloutConfig",
     "Section",
     "TrackingConfig",
+    "VLLMConfig",
     "WarmStartConfig",
     "WatchdogConfig",
 ]

@@ -74,10 +74,17 @@ def groups() -> Iterator[Group]:
     starts = [*(index for index, field in enumerate(top) if field.name in GROUPS), len(top)]
     for start, end in itertools.pairwise(starts):
         yield Group(GROUPS[top[start].name], "", [_entry(RLConfig, field, "") for field in top[start:end]])
-    for name, hint in _hints(RLConfig).items():
+    yield from _sections(RLConfig, "")
+
+
+def _sections(section: type[Section], path: str) -> Iterator[Group]:
+    """The sections within one, each followed by those within it."""
+    for name, hint in _hints(section).items():
         if is_section(hint):
-            entries = [_entry(hint, field, f"{name}.") for field in dataclasses.fields(hint)]
-            yield Group(name, inspect.cleandoc(hint.__doc__ or ""), entries)
+            plain = [field for field in dataclasses.fields(hint) if not is_section(_hints(hint)[field.name])]
+            entries = [_entry(hint, field, f"{path}{name}.") for field in plain]
+            yield Group(f"{path}{name}", inspect.cleandoc(hint.__doc__ or ""), entries)
+            yield from _sections(hint, f"{path}{name}.")
 
 
 def help_text() -> str:

@@ -20,11 +20,11 @@ from jaxrft.config.rooms import (
     ModelConfig,
     ParallelConfig,
     RewardsConfig,
-    RolloutConfig,
     TrackingConfig,
     WarmStartConfig,
     WatchdogConfig,
 )
+from jaxrft.config.rollout import RolloutConfig
 
 # Top-level field (TRL's name) -> field of ``algorithm`` that holds the same thing.
 RECIPE_FIELDS = {
@@ -226,6 +226,12 @@ class RLConfig(Section):
                 f"rollout.min_tokens: got {self.rollout.min_tokens}, takes at most max_completion_length "
                 f"({self.max_completion_length})"
             )
+        if self.engine_lacks_logprobs and self.rollout.missing_logprobs == "stop":
+            raise ConfigError(
+                "rollout.missing_logprobs: vllm does not know log-probabilities without truncation (top_p, top_k, min_p, "
+                "rollout.min_tokens) at a temperature other than 1; set temperature=1, remove the truncation, or set "
+                "rollout.missing_logprobs=trainer"
+            )
         if self.num_generations_eval > 1 and self.evaluation.temperature == 0:
             raise ConfigError(
                 "num_generations_eval: several greedy completions are all the same; set evaluation.temperature above 0"
@@ -233,6 +239,13 @@ class RLConfig(Section):
         rewards = len(self.rewards.functions)
         if self.reward_weights is not None and rewards and len(self.reward_weights) != rewards:
             raise ConfigError(f"reward_weights: got {len(self.reward_weights)} weights for {rewards} rewards")
+
+    @property
+    def engine_lacks_logprobs(self) -> bool:
+        """Whether completions to train on come without log-probabilities: a server has one mode for all requests."""
+        truncates = self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.rollout.min_tokens > 0
+        first = self.rollout.first_token_temperature
+        return self.rollout.engine == "vllm" and truncates and (self.temperature != 1 or first not in (None, 1.0))
 
     @property
     def rollout_samples(self) -> int:

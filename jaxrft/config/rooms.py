@@ -105,23 +105,6 @@ class RewardsConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutConfig(Section):
-    """How completions are generated."""
-
-    engine: Literal["native"] = option("native", "native generates inside the trainer, from its own parameters.")
-    max_slots: int = option(64, "Completions generated at the same time.", minimum=1)
-    decode_chunk: int = option(8, "Tokens decoded for every slot before the host looks at what has ended.", minimum=1)
-    min_tokens: int = option(0, "Tokens a completion has at least.", minimum=0)
-    stop: list[str] = option(factory=list, help="Texts that end a completion. They stay in it.")
-    stop_token_ids: list[int] = option(
-        factory=list, help="Tokens that end a completion beside the tokenizer's end-of-sequence token."
-    )
-    first_token_temperature: float | None = option(
-        None, "Temperature of a completion's first token (FIRE sampling). None: temperature.", minimum=1e-3
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section):
     """Devices, what lies where on them, and how XLA uses them. A run takes the product of the four sizes."""
 

@@ -20,6 +20,7 @@ from jaxrft.models.families import Family, family_for, family_of
 from jaxrft.models.hf_config import complete
 from jaxrft.models.hub import checkpoint_folder
 from jaxrft.models.names import HARMLESS_EXTRAS, Tensor, tensors_of
+from jaxrft.models.names import Path as ParameterPath
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.models.weight_files import FLOAT_TYPES, WeightFiles, write_json, write_weights
 from jaxrft.parallel import Layout
@@ -161,11 +162,16 @@ def export_config(model: Decoder) -> dict[str, Any]:
     return {**kept, **family.config(model.spec)}
 
 
+def tensor_table(model: Decoder) -> dict[ParameterPath, Tensor]:
+    """The Hugging Face name of each parameter, layer by layer; the model may be abstract."""
+    family = family_of(json.loads(model.hf_config)) if model.hf_config else family_for(model.spec)
+    return tensors_of(dict(nnx.to_flat_state(nnx.state(model, nnx.Param))), family.names)
+
+
 def named_tensors(model: Decoder) -> Iterator[tuple[Tensor, jax.Array]]:
     """Every parameter with its Hugging Face name, in the module's layout (``transposed`` says if files turn it)."""
-    family = family_of(json.loads(model.hf_config)) if model.hf_config else family_for(model.spec)
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    for path, tensor in tensors_of(values, family.names).items():
+    for path, tensor in tensor_table(model).items():
         yield tensor, values[path][...]
 
 

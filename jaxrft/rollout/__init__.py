@@ -7,8 +7,10 @@ __getattr__, __dir__, __all__ = exports(
     {
         "Completion": "jaxrft.rollout.records",
         "Engine": "jaxrft.rollout.engine",
+        "EngineError": "jaxrft.rollout.errors",
         "NativeEngine": "jaxrft.rollout.native",
         "Request": "jaxrft.rollout.records",
         "SamplingParams": "jaxrft.rollout.records",
+        "VLLMEngine": "jaxrft.rollout.vllm.engine",
     },
 )

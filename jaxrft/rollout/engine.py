@@ -7,12 +7,26 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from jaxrft.rollout.records import Completion, Request, SamplingParams
+from jaxrft.rollout.transfer.send import Report
 
 
 class Engine(Protocol):
-    """Generates completions from the weights it was last given."""
+    """Generates completions from the weights it was last given.
 
-    version: int
+    Attributes:
+        version: of those weights; None before the first.
+        keeps_params: whether it generates from the very arrays it is given, which then have to be whole but for tensor
+            parallelism; else it has a copy, and takes arrays as they are sharded for training.
+        last_transfer: seconds, bytes and buckets of the last ``update_weights``; None where nothing is copied.
+        sleeps: whether ``sleep`` gives memory of the trainer's devices back.
+    """
+
+    version: int | None
+    keeps_params: bool
+    last_transfer: Report | None
+
+    @property
+    def sleeps(self) -> bool: ...
 
     def generate(
         self,
@@ -30,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, params: Any, version: int) -> None:
-        """Generate from ``params`` (the model's state, as ``nnx.split`` gives it) from now on."""
+        """Generates from ``params`` (the model's state, as ``nnx.split`` gives it) from now on."""
         ...
 
     def sleep(self, level: int = 1) -> None:

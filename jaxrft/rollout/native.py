@@ -49,6 +49,10 @@ class NativeEngine:
         ConfigError: an argument is out of its range.
     """
 
+    keeps_params = True
+    sleeps = True
+    last_transfer = None
+
     def __init__(
         self,
         model: Decoder,

@@ -37,7 +37,7 @@ class Audit:
     def __init__(self, config: AuditConfig, dtype: str):
         exact = dtype == "float32"
         self._reduce = np.max if exact else np.mean
-        self._word = "largest" if exact else "mean"
+        self.word = "largest" if exact else "mean"
         self.ratio_tolerance = config.ratio_tolerance or (1e-5 if exact else 1e-2)
         self.logprob_tolerance = config.logprob_tolerance or (1e-4 if exact else 5e-2)
         self._exact = exact
@@ -94,11 +94,14 @@ class Audit:
             if "".join(both.split()) != "".join((before + text).split()):
                 self._fail("text", f"the model wrote {both[len(before) :]!r}, the rewards saw {text!r}")
 
+    def gap(self, deviations: np.ndarray) -> float:
+        """What is held against a tolerance: the largest of some deviations, or their mean."""
+        return float(self._reduce(deviations)) if deviations.size else 0.0
+
     def _bound(self, cause: str, message: str, gaps: Sequence[np.ndarray], tolerance: float) -> float:
-        values = np.concatenate([np.ravel(g) for g in gaps]) if gaps else np.zeros(1)
-        value = float(self._reduce(values)) if values.size else 0.0
+        value = self.gap(np.concatenate([np.ravel(g) for g in gaps]) if gaps else np.zeros(1))
         if not value <= tolerance:
-            self._fail(cause, f"{message}: {self._word} {value:.3g}, tolerance {tolerance:.3g}")
+            self._fail(cause, f"{message}: {self.word} {value:.3g}, tolerance {tolerance:.3g}")
         return value
 
     def _fail(self, cause: str, message: str) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxrft.config import ConfigError
 from jaxrft.tracking.timing import peak_memory_bytes
 from jaxrft.training import metrics as measures
 from jaxrft.training.audit import Audit
 from jaxrft.training.batch import Sample, in_list_order
 from jaxrft.training.credit import permuted
 from jaxrft.training.drawing import Drawn, draw
-from jaxrft.training.rollouts import RolloutBatch, greedy, make_samples, shuffled, training_sampling
+from jaxrft.training.rollouts import (
+    RolloutBatch,
+    greedy,
+    lack_logprobs,
+    make_samples,
+    shuffled,
+    training_sampling,
+)
 
 if TYPE_CHECKING:
     from jaxrft.training.loop import TrainingRun
@@ -45,6 +54,7 @@ class Cycle:
             self.trainer.take_back()
             updates, advantages, tokens = self._train(number, drawn, baseline, left, progress)
             self.trainer.hand_over()
+        self._run.check_parity()
         self._run.record["rollouts"] = number + 1
         self._run.record["prompts"] += drawn.prompts
         self._run.record["num_tokens"] += tokens
@@ -98,8 +108,11 @@ class Cycle:
             block = self.config.num_generations if recipe.policy.grouped else 1
             order = shuffled(len(samples), self.config.seed, number, block)
         kl_in_reward = recipe.kl.kl_in_reward and self.learner.needs_reference
-        score_old = several or first is not None or kl_in_reward
+        missing = self._lacks_logprobs(rollout)
+        score_old = several or first is not None or kl_in_reward or missing
         batch = self.learner.prepare([samples[i] for i in order], score_old=score_old)
+        if missing:
+            batch = dataclasses.replace(batch, sampler_logprobs=batch.old_logprobs * batch.mask)
         outcome = permuted(self._run.credit.outcome(drawn, baseline), order)
         batch, kl = self._run.credit.assign(batch, outcome, len(drawn.groups))
         updates = []
@@ -114,6 +127,20 @@ class Cycle:
         advantages = np.zeros(len(drawn.rollout.texts), np.float32)
         advantages[np.asarray(drawn.samples)[order]] = measures.mean_advantages(batch)
         return updates, advantages, sum(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+
+    def _lacks_logprobs(self, rollout: RolloutBatch) -> bool:
+        """Whether the trainer's log-probabilities stand in for the engine's.
+
+        Raises:
+            ConfigError: they would have to, which the config does not allow.
+        """
+        lacks = lack_logprobs(rollout.completions)
+        if lacks and self.config.rollout.missing_logprobs == "stop":
+            raise ConfigError(
+                "rollout.missing_logprobs: the engine does not know log-probabilities without truncation; sample "
+                "without it, or set rollout.missing_logprobs=trainer"
+            )
+        return lacks
 
     def _with_kl(self, update: dict[str, float], in_reward: Any) -> dict[str, float]:
         """An update's statistics with the KL of the rewards and its weight, where there is one."""
@@ -131,7 +158,7 @@ class Cycle:
         )
         batch = self.learner.prepare(samples, score_old=True)
         flat = {name: in_list_order(batch, getattr(batch, name)) for name in ("old_logprobs", "mask")}
-        trained = [s.trained for s in samples]
+        trained = [s.trained and c.logprobs is not None for s, c in zip(samples, rollout.completions)]
         gap = audit.check_engine(rollout.completions, flat["old_logprobs"], flat["mask"], trained)
         if self.learner.needs_reference and self.learner.step == 0:
             assert batch.ref_logprobs is not None
@@ -153,4 +180,5 @@ class Cycle:
                 "num_tokens": self._run.record["num_tokens"],
                 "peak_memory_bytes": peak_memory_bytes(),
             }
+            | measures.transfer_metrics(self.trainer.engine.last_transfer)
         )

@@ -21,6 +21,7 @@ from jaxrft.training.batch import (
     Sample,
     TrainBatch,
     batch_shardings,
+    in_list_order,
     longest_bucket,
     make_batch,
     pack_batch,
@@ -118,6 +119,13 @@ class Learner:
             batch = dataclasses.replace(batch, ref_logprobs=self._score(to_device(self.reference), batch))
         return batch
 
+    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """The present policy's log-probability of each response token, float32 [tokens] a sample."""
+        filled = [*samples, *[samples[-1]] * (-len(samples) % self.config.parallel.data_devices)]
+        batch = self._place(self._padded(filled, len(filled)))
+        rows = in_list_order(batch, self._score(self.state.params, batch))
+        return [np.asarray(row[: len(sample.response_ids)]) for row, sample in zip(rows, samples)]
+
     def update(
         self, batch: TrainBatch, limit: int, audit: Audit | None, kl_coef: float | None = None
     ) -> Iterator[dict[str, float]]:
@@ -143,15 +151,9 @@ class Learner:
     def _batch(self, samples: Sequence[Sample]) -> TrainBatch:
         """Padded or packed, as the config says; on the host."""
         config, devices = self.config, self.config.parallel.data_devices
-        temperatures: dict[str, Any] = {
-            "temperature": config.temperature,
-            "first_token_temperature": config.rollout.first_token_temperature,
-        }
-        # Where the time axis is shared out, picking places along it would gather all hidden states.
-        pick = config.parallel.sequence == 1
         micro = config.per_device_train_batch_size * devices
         if not config.batching.pack:
-            return make_batch(samples, micro, pick=pick, multiple=config.parallel.sequence, **temperatures)
+            return self._padded(samples, micro)
         multiple = config.parallel.sequence
         longest = longest_bucket(samples, multiple)
         time = config.batching.row_length or longest
@@ -159,7 +161,21 @@ class Learner:
         tokens = config.batching.tokens_per_device or config.per_device_train_batch_size * longest
         steps = len(samples) // (micro * config.gradient_accumulation_steps)
         rows = max(1, tokens // time) * devices
-        return pack_batch(samples, rows, time, steps=steps, devices=devices, pick=pick, **temperatures)
+        return pack_batch(samples, rows, time, steps=steps, devices=devices, **self._scoring)
+
+    def _padded(self, samples: Sequence[Sample], rows: int) -> TrainBatch:
+        """Micro-batches of so many rows, each one sample."""
+        return make_batch(samples, rows, multiple=self.config.parallel.sequence, **self._scoring)
+
+    @property
+    def _scoring(self) -> dict[str, Any]:
+        """How log-probabilities are taken."""
+        return {
+            "temperature": self.config.temperature,
+            "first_token_temperature": self.config.rollout.first_token_temperature,
+            # Where the time axis is shared out, picking places along it would gather all hidden states.
+            "pick": self.config.parallel.sequence == 1,
+        }
 
     def _place(self, batch: TrainBatch) -> TrainBatch:
         return jax.device_put(batch, batch_shardings(batch, self.layout))

@@ -49,6 +49,7 @@ class TrainingRun:
         self.credit = Credit(trainer.recipe, trainer.rewards.weights, self.config.max_completion_length)
         self._stack = contextlib.ExitStack()
         self._answers: RolloutBatch | None = None
+        self._compared = False
 
     # ------------------------------------------------------------------ opening and closing
 
@@ -136,6 +137,7 @@ class TrainingRun:
         elif self.learner.needs_reference:
             load_reference(self.learner, self.folder)
         self.trainer.hand_over()
+        self.check_parity()
         while self.learner.step < self.trainer.total_steps:
             self._boundary()
             self.cycle.run()
@@ -148,6 +150,20 @@ class TrainingRun:
         if self.learner.needs_reference:
             keep_reference(self.learner, self.folder)
         self.record["started"] = True
+
+    def check_parity(self) -> None:
+        """Compares engine and trainer on fixed prompts, where that is due.
+
+        Raises:
+            ParityError: they differ.
+        """
+        wanted = self.config.rollout.parity
+        if self.trainer.engine.keeps_params or wanted == "never" or (wanted == "first" and self._compared):
+            return
+        gap = self.trainer.check_parity()
+        if not self._compared:
+            self.tracker.message(f"parity: engine and trainer agree within {gap:.1e} nats on fixed prompts")
+        self._compared = True
 
     def _boundary(self) -> None:
         """Between two rollouts: the place where a run is whole, can be evaluated, saved and left."""

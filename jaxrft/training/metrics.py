@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrft.rollout.transfer.send import Report
 from jaxrft.training.batch import TrainBatch, in_list_order
 from jaxrft.training.rollouts import RolloutBatch
 
@@ -68,6 +69,13 @@ def throughput(seconds: Mapping[str, float], completion_tokens: int, trained_tok
         for phase, tokens in pairs.items()
         if seconds.get(f"time/{phase}", 0.0) > 0
     }
+
+
+def transfer_metrics(report: Report | None) -> dict[str, float]:
+    """What the last transfer of weights to servers took; nothing where none are copied."""
+    if report is None:
+        return {}
+    return {"weights/seconds": report.seconds, "weights/bytes": report.bytes, "weights/buckets": report.buckets}
 
 
 def mean_advantages(batch: TrainBatch) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxrft.models.decoder import Decoder
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.models.stack import Remat
 from jaxrft.parallel import Layout, make_mesh
-from jaxrft.rollout import NativeEngine
+from jaxrft.rollout import Engine, NativeEngine
 
 
 def build_tokenizer(config: RLConfig, model: str | Path | Decoder | None, given: Any) -> Any:
@@ -217,10 +218,24 @@ def _check_recipe(config: RLConfig, recipe: alg.Recipe) -> None:
         )
 
 
-def build_engine(config: RLConfig, model: Decoder, tokenizer: Any) -> NativeEngine:
-    """The engine, with room for the longest prompt and completion."""
-    engines = {"native": NativeEngine}
-    return engines[config.rollout.engine](
+def build_engine(config: RLConfig, model: Decoder, tokenizer: Any, folder: Path) -> Engine:
+    """The engine, with room for the longest prompt and completion.
+
+    Args:
+        config: of the run.
+        model: whose completions are wanted.
+        tokenizer: the model's.
+        folder: of the run; servers that are started log there.
+
+    Raises:
+        ConfigError: a server cannot be started.
+        EngineError: a server does not answer.
+    """
+    if config.rollout.engine == "vllm":
+        from jaxrft.rollout.vllm.launch import engine_from
+
+        return engine_from(config, model, tokenizer, folder / "logs", partial(print, flush=True))
+    return NativeEngine(
         model,
         tokenizer,
         max_slots=config.rollout.max_slots,

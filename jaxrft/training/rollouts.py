@@ -131,20 +131,30 @@ def make_samples(rollout: RolloutBatch, mask_truncated: bool, dropped: np.ndarra
         mask_truncated: leave out completions that were cut off at their longest.
         dropped: bool [groups]: those to leave out.
     """
-    if any(c.logprobs is None for c in rollout.completions):
-        raise ValueError("completions: the engine gave no log-probabilities without truncation to train against")
     scored = ~np.isnan(rollout.scores.total)
     trained = scored & ~(rollout.truncated & mask_truncated) & ~np.repeat(dropped, rollout.group)
     return [
         Sample(
             prompt_ids=rollout.prompt_of(i).token_ids,
             response_ids=completion.token_ids,
-            logprobs=np.asarray(completion.logprobs),
+            logprobs=_logprobs(completion),
             trained=bool(trained[i]),
             group=i // rollout.group,
         )
         for i, completion in enumerate(rollout.completions)
     ]
+
+
+def lack_logprobs(completions: Sequence[Completion]) -> bool:
+    """Whether an engine could not know the log-probabilities of some."""
+    return any(completion.logprobs is None for completion in completions)
+
+
+def _logprobs(completion: Completion) -> np.ndarray:
+    """The engine's; zeros where it does not know them, until the trainer's stand in."""
+    if completion.logprobs is None:
+        return np.zeros(len(completion.token_ids), np.float32)
+    return np.asarray(completion.logprobs)
 
 
 def shuffled(count: int, seed: int, rollout: int, block: int = 1) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from jaxrft.config import RLConfig
+from jaxrft.rollout.errors import EngineError
 from jaxrft.training.audit import AuditError
 from jaxrft.training.folder import RunFolder
 from jaxrft.training.interrupts import Interrupted
@@ -12,6 +13,7 @@ from jaxrft.training.trainer import RLTrainer
 from jaxrft.training.watchdog import PhaseTimeout
 
 AUDIT_FAILED = 3
+ENGINE_FAILED = 4
 TIMED_OUT = 75
 
 
@@ -19,8 +21,8 @@ def run(config: RLConfig) -> int:
     """Trains as the config says.
 
     Returns:
-        The process's exit code: 0; 3 where the audit stopped the run, 75 where a phase took too long,
-        128 + signal where one ended it.
+        The process's exit code: 0; 3 where the audit or the check of parity stopped the run, 4 where an engine
+        failed, 75 where a phase took too long, 128 + signal where one ended it.
 
     Raises:
         ConfigError: the config cannot be run.
@@ -35,6 +37,9 @@ def run(config: RLConfig) -> int:
     except AuditError as error:
         print(f"error: {error}", file=sys.stderr)
         return AUDIT_FAILED
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ENGINE_FAILED
     except PhaseTimeout as error:
         print(f"error: {error}", file=sys.stderr)
         return TIMED_OUT

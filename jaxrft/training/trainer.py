@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxrft.config import ConfigError, RLConfig, environment
 from jaxrft.data.order import PromptOrder
 from jaxrft.models.decoder import Decoder
 from jaxrft.models.spec import DecoderSpec
+from jaxrft.rollout.errors import EngineError
 from jaxrft.tracking.console import Console
 from jaxrft.tracking.timing import PhaseTimer
 from jaxrft.training import parts
@@ -19,6 +21,7 @@ from jaxrft.training.collector import Collector
 from jaxrft.training.folder import RunFolder
 from jaxrft.training.learner import Learner
 from jaxrft.training.metrics import evaluation_metrics
+from jaxrft.training.parity import compare
 from jaxrft.training.phases import Phases
 from jaxrft.training.plan import Plan, check_plan, make_plan, usable_bytes
 from jaxrft.training.rollouts import RolloutBatch, evaluation_sampling
@@ -39,7 +42,8 @@ class RLTrainer:
         tokenizer: a ``transformers`` tokenizer.
 
     Raises:
-        ConfigError: something is missing, or does not fit; nothing has been written then.
+        ConfigError: something is missing, or does not fit; nothing has been written then but a server's log.
+        EngineError: a server does not answer.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class RLTrainer:
         self.model = parts.build_model(self.config, model, self.tokenizer, self.layout, self.plan.remat)
         self.learner = Learner(self.config, self.recipe, self.model, self.layout, self.total_steps)
         self.learner.publish()
-        self.engine = parts.build_engine(self.config, self.model, self.tokenizer)
+        self.engine = parts.build_engine(self.config, self.model, self.tokenizer, self.folder.path)
         self.collector = Collector(self.engine, self.tokenizer, self.rewards)
 
     def train(self) -> dict[str, float]:
@@ -89,7 +93,9 @@ class RLTrainer:
             with TrainingRun(self) as run:
                 return run.execute()
         finally:
-            self.hand_over()
+            # Where the engine is what failed, that is what the caller is told.
+            with contextlib.suppress(EngineError):
+                self.hand_over()
 
     def evaluate(self) -> dict[str, float]:
         """Answers every held-out prompt once (``num_generations_eval`` times) and scores the answers.
@@ -109,11 +115,24 @@ class RLTrainer:
         """The answers and scores behind :meth:`evaluate`."""
         if self.eval_prompts is None:
             raise ConfigError("data.eval: got None; name the held-out prompts, or give eval_dataset=...")
+        if self.engine.version is None:
+            self.hand_over()
         sampling = evaluation_sampling(self.config)
         # Evaluation draws from seeds of its own, the same at every step.
         return self.collector.collect(
             self.eval_prompts.prompts, self.config.num_generations_eval, sampling, 0, phases, phase="evaluation"
         )
+
+    def check_parity(self) -> float:
+        """Sends fixed prompts through engine and trainer and compares the log-probabilities.
+
+        Returns:
+            The gap: largest in float32, mean in bfloat16 and float16.
+
+        Raises:
+            ParityError: it is above ``audit.logprob_tolerance``.
+        """
+        return compare(self)
 
     def save_model(self, folder: str | Path | None = None) -> Path:
         """Writes model and tokenizer in Hugging Face format; None: to ``final`` in the run's folder."""
@@ -125,12 +144,20 @@ class RLTrainer:
     def hand_over(self) -> None:
         """Gives the engine and the module the arrays that now hold the policy: those they had were donated."""
         self.learner.publish()
+        self.give_weights(self.learner.state.params, self.learner.step)
+
+    def give_weights(self, params: Any, version: int) -> None:
+        """Lets the engine generate from parameters as they are sharded for training."""
+        params = self.learner.for_rollout(params) if self.engine.keeps_params else params
+        # Caches come back last: while weights arrive, their memory is free.
+        self.engine.wake(["weights"])
+        self.engine.update_weights(params, version)
         self.engine.wake()
-        self.engine.update_weights(self.learner.for_rollout(self.learner.state.params), self.learner.step)
 
     def take_back(self) -> None:
         """Before an update: an engine with a copy of the parameters lets go of it, so that training has its memory."""
-        if self.learner.copies_for_rollout:
+        copies = self.learner.copies_for_rollout if self.engine.keeps_params else self.engine.sleeps
+        if copies:
             self.engine.sleep(level=2)
 
     def close(self) -> None:

@@ -108,7 +108,7 @@ class SupervisedStage:
         self.check()
         accuracy = 0.0
         if self.trainer.eval_prompts is not None:
-            self.trainer.engine.update_weights(self.trainer.learner.for_rollout(params), -1)
+            self.trainer.give_weights(params, -1)
             prompts = self.trainer.eval_prompts.prompts
             sampling = dataclasses.replace(evaluation_sampling(self.config), temperature=0.0)
             _, texts = self.trainer.collector.complete(prompts, 1, sampling, 0, self.phases, "evaluation")

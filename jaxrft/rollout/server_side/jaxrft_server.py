@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> None:
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ.update(PYTHONPATH=os.pathsep.join(paths), VLLM_SERVER_DEV_MODE="1")
     sys.path.insert(0, str(HERE))
-    sys.argv = ["vllm", *arguments, *extensions()]
+    sys.argv = ["vllm", *arguments, *platform_options(arguments), *extensions()]
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 
 
@@ -55,6 +56,25 @@ def vllm_version() -> str | None:
     import vllm
 
     return vllm.__version__
+
+
+def platform_options(arguments: list[str]) -> list[str]:
+    """What a server on a CPU needs: no compilation, which would take minutes, and embeddings that are not tied.
+
+    vLLM packs an output projection for the CPU when it loads it; loading weights again then renews the embedding that
+    is tied to it, but not the packed copy.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    options = ["--enforce-eager"] if "--enforce-eager" not in arguments else []
+    model = Path(arguments[arguments.index("--model") + 1]) if "--model" in arguments else Path()
+    described = model / "config.json"
+    if "--hf-overrides" not in arguments and described.is_file():
+        if json.loads(described.read_text()).get("tie_word_embeddings"):
+            options += ["--hf-overrides", json.dumps({"tie_word_embeddings": False})]
+    return options
 
 
 def extensions() -> list[str]:

@@ -63,6 +63,7 @@ class WeightReceiver:
             "max_model_len": config.model_config.max_model_len,
             "logprobs_mode": str(getattr(config.model_config.logprobs_mode, "value", config.model_config.logprobs_mode)),
             "model_type": hf_config.model_type,
+            "sleep": bool(getattr(config.model_config, "enable_sleep_mode", False)),
             "tied": bool(getattr(hf_config, "tie_word_embeddings", False)),
         }
 

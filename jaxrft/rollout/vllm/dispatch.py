@@ -1,0 +1,135 @@
+"""Requests spread over servers, as many at a time as they take."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import httpx
+
+from jaxrft.rollout.errors import EngineError
+
+# A request that failed for want of a connection is tried once more: its seed gives the same completions.
+ATTEMPTS = 2
+
+
+class Generates(Protocol):
+    """What a dispatcher needs of a server."""
+
+    name: str
+
+    def generate(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Answers a request."""
+        ...
+
+    def abort(self) -> None:
+        """Ends what is being generated; each request answers with what it has."""
+        ...
+
+
+class Dispatcher:
+    """Sends requests to the servers that are free.
+
+    Each server is kept busy by ``in_flight`` threads that take the next request as soon as they have an answer: the
+    faster server gets more, and none is sent more than it can work on.
+
+    Args:
+        servers: that take any request.
+        in_flight: requests that a server has at a time.
+    """
+
+    def __init__(self, servers: Sequence[Generates], in_flight: int):
+        self._servers, self._in_flight = servers, in_flight
+        self._aborted = threading.Event()
+
+    def run(
+        self, payloads: Sequence[dict[str, Any]], on_answer: Callable[[int], None] = lambda done: None
+    ) -> list[dict[str, Any] | None]:
+        """The answer to each payload, None where :meth:`abort` came before it was sent.
+
+        Args:
+            payloads: bodies of requests.
+            on_answer: called with the place of each request that was answered; what it raises ends the others.
+
+        Raises:
+            EngineError: a server refused a request, or a request failed twice.
+        """
+        self._aborted.clear()
+        waiting = deque((place, 1) for place in range(len(payloads)))
+        answers: list[dict[str, Any] | None] = [None] * len(payloads)
+        ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+
+        def work(server: Generates) -> None:
+            while not self._aborted.is_set():
+                try:
+                    place, attempt = waiting.popleft()
+                except IndexError:
+                    break
+                try:
+                    answers[place] = server.generate(payloads[place])
+                    ended.put((place, None))
+                except httpx.TransportError as error:
+                    if attempt < ATTEMPTS:
+                        waiting.append((place, attempt + 1))
+                    else:
+                        ended.put((place, _gave_up(server, error)))
+                except BaseException as error:
+                    ended.put((place, error))
+            ended.put((-1, None))
+
+        count = min(self._in_flight, -(-len(payloads) // len(self._servers)))
+        threads = [
+            threading.Thread(target=work, args=(server,), name=f"{server.name} {i}", daemon=True)
+            for i in range(count)
+            for server in self._servers
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._collect(len(payloads), len(threads), ended, on_answer)
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+        return answers
+
+    def abort(self) -> None:
+        """Ends what runs: requests that are under way answer with what they have, the others are not sent."""
+        self._aborted.set()
+        for server in self._servers:
+            try:
+                server.abort()
+            except EngineError:
+                # It is gone, and with it its requests.
+                continue
+
+    def _collect(
+        self,
+        requests: int,
+        workers: int,
+        ended: queue.SimpleQueue[tuple[int, BaseException | None]],
+        on_answer: Callable[[int], None],
+    ) -> None:
+        """Waits until every request has an answer, or no worker is left."""
+        while requests and workers:
+            place, error = ended.get()
+            if error is not None:
+                raise error
+            if place < 0:
+                workers -= 1
+            else:
+                requests -= 1
+                on_answer(place)
+
+
+def _gave_up(server: Generates, error: httpx.TransportError) -> EngineError:
+    if isinstance(error, httpx.TimeoutException):
+        return EngineError(
+            f"{server.name}: a request took longer than rollout.vllm.request_seconds; raise it, or generate less at once"
+        )
+    return EngineError(f"{server.name}: the connection broke off twice ({type(error).__name__}): does it still run?")
