@@ -1,0 +1,1 @@
+"""Takes the trainer's weights to rollout servers: what is sent, how it is packed, and the ways it can go."""
