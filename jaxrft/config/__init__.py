@@ -3,6 +3,7 @@
 from jaxrft.config.algorithm import AlgorithmConfig
 from jaxrft.config.base import ConfigError, Section
 from jaxrft.config.rl import RLConfig
+from jaxrft.config.rollout import RolloutConfig, VLLMConfig
 from jaxrft.config.rooms import (
     AuditConfig,
     BatchingConfig,
@@ -16,7 +17,6 @@ from jaxrft.config.rooms import (
     WarmStartConfig,
     WatchdogConfig,
 )
-from jaxrft.config.rollout import RolloutConfig, VLLMConfig
 
 __all__ = [
     "AlgorithmConfig",

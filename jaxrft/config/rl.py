@@ -11,6 +11,7 @@ from typing import Literal
 
 from jaxrft.config.algorithm import AlgorithmConfig
 from jaxrft.config.base import ConfigError, Section, option
+from jaxrft.config.rollout import RolloutConfig
 from jaxrft.config.rooms import (
     AuditConfig,
     BatchingConfig,
@@ -24,7 +25,6 @@ from jaxrft.config.rooms import (
     WarmStartConfig,
     WatchdogConfig,
 )
-from jaxrft.config.rollout import RolloutConfig
 
 # Top-level field (TRL's name) -> field of ``algorithm`` that holds the same thing.
 RECIPE_FIELDS = {
@@ -228,9 +228,9 @@ class RLConfig(Section):
             )
         if self.engine_lacks_logprobs and self.rollout.missing_logprobs == "stop":
             raise ConfigError(
-                "rollout.missing_logprobs: vllm does not know log-probabilities without truncation (top_p, top_k, min_p, "
-                "rollout.min_tokens) at a temperature other than 1; set temperature=1, remove the truncation, or set "
-                "rollout.missing_logprobs=trainer"
+                "rollout.missing_logprobs: vllm does not know log-probabilities without truncation (top_p, top_k, "
+                "min_p, rollout.min_tokens) at a temperature other than 1; set temperature=1, remove the truncation, "
+                "or set rollout.missing_logprobs=trainer"
             )
         if self.num_generations_eval > 1 and self.evaluation.temperature == 0:
             raise ConfigError(

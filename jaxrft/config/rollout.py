@@ -17,8 +17,8 @@ class VLLMConfig(Section):
     )
     urls: list[str] = option(
         factory=list,
-        help="Addresses of servers that run already, such as http://127.0.0.1:8000, in place of starting any. Their API "
-        "key is taken from the environment variable JAXRFT_VLLM_API_KEY.",
+        help="Addresses of servers that run already, such as http://127.0.0.1:8000, in place of starting any. Their "
+        "API key is taken from the environment variable JAXRFT_VLLM_API_KEY.",
     )
     servers: int = option(1, "Servers to start; requests are spread over them.", minimum=1)
     tensor_parallel: int = option(1, "GPUs that share the model in each server.", minimum=1)
@@ -38,8 +38,8 @@ class VLLMConfig(Section):
     arguments: list[str] = option(factory=list, help="Further options of vLLM's server, such as [--block-size, '32'].")
     transport: Literal["auto", "cuda_ipc", "shared_memory", "nccl"] = option(
         "auto",
-        "How weights get to the servers: memory of the GPU that both use (cuda_ipc), of the machine (shared_memory), or "
-        "from GPU to GPU (nccl). auto: the fastest that reaches them.",
+        "How weights get to the servers: memory of the GPU that both use (cuda_ipc), of the machine (shared_memory), "
+        "or from GPU to GPU (nccl). auto: the fastest that reaches them.",
     )
     bucket_mib: int = option(256, "MiB of weights that travel together; twice as much memory is taken.", minimum=1)
     checksum: bool = option(False, "Check every bucket of weights on arrival. Slow on a GPU.")
@@ -49,7 +49,16 @@ class VLLMConfig(Section):
     def check(self) -> None:
         if self.urls:
             defaults = {f.name: f.default for f in dataclasses.fields(self)}
-            started = ("python", "servers", "tensor_parallel", "devices", "port", "gpu_memory", "cpu_cache_gib", "sleep")
+            started = (
+                "python",
+                "servers",
+                "tensor_parallel",
+                "devices",
+                "port",
+                "gpu_memory",
+                "cpu_cache_gib",
+                "sleep",
+            )
             for name in (*started, "eager"):
                 if getattr(self, name) != defaults[name]:
                     raise ConfigError(f"{name}: set with urls, whose servers are started already: remove one")
@@ -89,9 +98,9 @@ class RolloutConfig(Section):
     )
     missing_logprobs: Literal["stop", "trainer"] = option(
         "stop",
-        "Where an engine cannot know log-probabilities without truncation (vllm with top_p, top_k, min_p or min_tokens, "
-        "at a temperature other than 1): stop, or take the trainer's own in their place; no correction for an engine "
-        "that differs from the trainer is made then.",
+        "Where an engine cannot know log-probabilities without truncation (vllm with top_p, top_k, min_p or "
+        "min_tokens, at a temperature other than 1): stop, or take the trainer's own in their place; no correction "
+        "for an engine that differs from the trainer is made then.",
     )
     parity: Literal["first", "always", "never"] = option(
         "first",

@@ -18,7 +18,6 @@ class Engine(Protocol):
         keeps_params: whether it generates from the very arrays it is given, which then have to be whole but for tensor
             parallelism; else it has a copy, and takes arrays as they are sharded for training.
         last_transfer: seconds, bytes and buckets of the last ``update_weights``; None where nothing is copied.
-        sleeps: whether ``sleep`` gives memory of the trainer's devices back.
     """
 
     version: int | None
@@ -26,7 +25,9 @@ class Engine(Protocol):
     last_transfer: Report | None
 
     @property
-    def sleeps(self) -> bool: ...
+    def sleeps(self) -> bool:
+        """Whether ``sleep`` gives memory of the trainer's devices back."""
+        ...
 
     def generate(
         self,

@@ -58,9 +58,9 @@ def compare(trainer: RLTrainer) -> float:
     gap = audit.gap(gaps)
     if not gap <= audit.logprob_tolerance:
         raise ParityError(
-            f"parity: log-probabilities of engine and trainer differ on fixed prompts: {audit.word} {gap:.3g}, tolerance "
-            f"{audit.logprob_tolerance:.3g}. Likely causes: tied embeddings that were not renewed, another rope scaling, "
-            "a server in another dtype, another tokenizer or chat template, weights of another version. "
+            f"parity: log-probabilities of engine and trainer differ on fixed prompts: {audit.word} {gap:.3g}, "
+            f"tolerance {audit.logprob_tolerance:.3g}. Likely causes: tied embeddings that were not renewed, another "
+            "rope scaling, a server in another dtype, another tokenizer or chat template, weights of another version. "
             "(rollout.parity=never trains regardless, audit.logprob_tolerance moves the bound.)"
         )
     return gap

@@ -44,7 +44,10 @@ class Coverage:
         except Exception as error:
             name, shape = tensors[min(len(taken), len(tensors) - 1)]
             detail = (str(error).strip().splitlines() or [""])[0][:200]
-            return {"problems": [f"{name} of shape {shape} does not fit ({type(error).__name__}: {detail})"], "taken": taken}
+            return {
+                "problems": [f"{name} of shape {shape} does not fit ({type(error).__name__}: {detail})"],
+                "taken": taken,
+            }
         problems = [line for name, p in self._model.named_parameters() if (line := _lack(name, p, copies, kind))]
         return {"problems": problems, "taken": taken}
 

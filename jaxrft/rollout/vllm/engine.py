@@ -170,6 +170,7 @@ class VLLMEngine:
         self, requests: Sequence[Request], sampling: SamplingParams, on_progress: Callable[[int, int], None]
     ) -> list[Completion]:
         """First tokens at their own temperature, then the rest of each completion (FIRE sampling)."""
+        assert sampling.first_token_temperature is not None
         first_sampling = dataclasses.replace(
             sampling,
             temperature=sampling.first_token_temperature,

@@ -40,6 +40,7 @@ def engine_from(
         ConfigError: a server cannot be started, or is not what the run needs.
         EngineError: a server did not answer in time.
     """
+    closing = contextlib.ExitStack()
     with contextlib.ExitStack() as stack:
         settings = config.rollout.vllm
         processes: list[ServerProcess] = []
@@ -67,8 +68,9 @@ def engine_from(
             bucket_bytes=settings.bucket_mib * 2**20,
             checksum=settings.checksum,
             on_failure=lambda: _check_alive(processes),
-            on_close=stack.pop_all().close,
+            on_close=closing.close,
         )
+        closing.callback(stack.pop_all().close)
     return engine
 
 
@@ -110,8 +112,8 @@ def server_options(config: RLConfig, folder: Path, tokenizer: bool, number: int)
     shares = on_gpu and settings.devices is None
     if shares and config.parallel.memory_fraction is None:
         raise ConfigError(
-            "parallel.memory_fraction: got None, but the vLLM server shares the trainer's GPUs; set the trainer's share "
-            f"of their memory, such as {0.9 - settings.gpu_memory:.2g} beside rollout.vllm.gpu_memory="
+            "parallel.memory_fraction: got None, but the vLLM server shares the trainer's GPUs; set the trainer's "
+            f"share of their memory, such as {0.9 - settings.gpu_memory:.2g} beside rollout.vllm.gpu_memory="
             f"{settings.gpu_memory}"
         )
     temperatures = [config.temperature, rollout.first_token_temperature or config.temperature]

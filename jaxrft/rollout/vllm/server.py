@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -94,6 +95,11 @@ class Server:
             self._ask("POST", "/update_weight_version", json={"new_version": str(version)})
         self._ask("POST", "/resume")
         self._ask("POST", "/jaxrft/state", json={"status": "ready", "version": version})
+
+    def release(self) -> None:
+        """Lets go of what it opened, where it still runs."""
+        with contextlib.suppress(EngineError):
+            self._rpc("jaxrft_close")
 
     def state(self) -> dict[str, Any]:
         """``status`` (empty, loading, ready) and ``version`` of its weights."""

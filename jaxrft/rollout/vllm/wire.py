@@ -156,9 +156,8 @@ def request_seed(sampling: SamplingParams, request: Request, place: int, *more: 
 
 
 def _finish_reason(reason: str | None) -> FinishReason:
-    if reason == "stop" or reason == "length":
-        return reason
-    return "abort"
+    reasons: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+    return reasons.get(reason, "abort")
 
 
 def _spans(spans: Sequence[dict[str, Any]] | None, versions: Sequence[str]) -> tuple[tuple[int, int], ...]:
