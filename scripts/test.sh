@@ -3,17 +3,19 @@
 #   scripts/test.sh                     the fast tier, at most 20 minutes on 2 cores
 #   scripts/test.sh --soak              the long tier too; writes a record to benchmarks/results/soak/
 #   scripts/test.sh --only tests/data   pytest alone; arguments go to it
+# Tests of the vLLM engine run against real servers on the CPU, in environments of their own (vllm_environment.sh).
 # Every step runs, whatever failed before; the exit code is 0 when none failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/environment.sh"
+source "$here/vllm_environment.sh"
 command="scripts/test.sh $*"
 soak=false only=false
 while [ $# -gt 0 ]; do
     case $1 in
         --soak) soak=true ;;
         --only) only=true ;;
-        -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+        -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
         *) break ;;
     esac
     shift
@@ -22,6 +24,10 @@ make_environment "[test,docs]" || exit 1
 cd "$here/.." || exit 1
 bin=$(dirname "$python")
 failed=()
+
+servers() { # VERSION NAME [--existing]
+    make_vllm_environment "$1" "${3:-}" && export "$2=$vllm"
+}
 
 step() { # NAME COMMAND...
     local name=$1 start=$SECONDS
@@ -47,6 +53,14 @@ tests() { # PYTEST ARGUMENTS...
     "$python" -m pytest -n "$((workers > 1 ? workers : 0))" --dist loadfile "$@"
 }
 
+# In the tests' environment only: the fast tier has one version, the soak two.
+if $only; then
+    servers 0.32.0 JAXRFT_TEST_VLLM --existing
+    servers 0.24.0 JAXRFT_TEST_VLLM_0_24_0 --existing
+else
+    step "vLLM" servers 0.32.0 JAXRFT_TEST_VLLM
+    $soak && step "vLLM, the older version" servers 0.24.0 JAXRFT_TEST_VLLM_0_24_0
+fi
 if ! $only; then
     step "ruff check" "$bin/ruff" check --output-format concise .
     step "ruff format" "$bin/ruff" format --check .

@@ -11,7 +11,7 @@ from typing import Literal
 
 from jaxrft.config.algorithm import AlgorithmConfig
 from jaxrft.config.base import ConfigError, Section, option
-from jaxrft.config.rollout import RolloutConfig
+from jaxrft.config.rollout import VLLM_MAX_TEMPERATURE, RolloutConfig
 from jaxrft.config.rooms import (
     AuditConfig,
     BatchingConfig,
@@ -225,6 +225,12 @@ class RLConfig(Section):
             raise ConfigError(
                 f"rollout.min_tokens: got {self.rollout.min_tokens}, takes at most max_completion_length "
                 f"({self.max_completion_length})"
+            )
+        hottest = max(self.temperature, self.rollout.first_token_temperature or 0.0)
+        if self.rollout.engine == "vllm" and hottest > VLLM_MAX_TEMPERATURE:
+            raise ConfigError(
+                f"rollout.engine: vllm takes temperatures up to {VLLM_MAX_TEMPERATURE:g}, not {hottest:g}; lower it, "
+                "or take the native engine"
             )
         if self.engine_lacks_logprobs and self.rollout.missing_logprobs == "stop":
             raise ConfigError(

@@ -7,6 +7,9 @@ from typing import Literal
 
 from jaxrft.config.base import ConfigError, Section, option
 
+# vLLM's own bound.
+VLLM_MAX_TEMPERATURE = 2.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VLLMConfig(Section):

@@ -40,6 +40,7 @@ class WeightReceiver:
     """Mixed into vLLM's worker class; its attributes all start with ``jaxrft_``."""
 
     jaxrft_memory: Any = None
+    jaxrft_sender: str | None = None
     jaxrft_loading: bool = False
     jaxrft_seen: set[str] | None = None
 
@@ -97,14 +98,20 @@ class WeightReceiver:
 
     @answered
     def jaxrft_open(self: Any, memory: str) -> None:
-        """Opens the memory that buckets will lie in; the one before is let go of."""
-        self.jaxrft_close()
-        self.jaxrft_memory = open_memory(json.loads(memory), self.device, self.rank)
+        """Opens the memory that the buckets of a sender will lie in; the one before is let go of."""
+        described = json.loads(memory)
+        self._jaxrft_let_go()
+        self.jaxrft_memory = open_memory(described, self.device, self.rank)
+        self.jaxrft_sender = described["sender"]
 
     @answered
-    def jaxrft_close(self: Any) -> None:
-        """Lets go of the memory that buckets lie in."""
-        memory, self.jaxrft_memory = self.jaxrft_memory, None
+    def jaxrft_close(self: Any, sender: str) -> None:
+        """Lets go of a sender's memory; another's is kept."""
+        if json.loads(sender) == self.jaxrft_sender:
+            self._jaxrft_let_go()
+
+    def _jaxrft_let_go(self: Any) -> None:
+        memory, self.jaxrft_memory, self.jaxrft_sender = self.jaxrft_memory, None, None
         if memory is not None:
             memory.close()
 
@@ -125,14 +132,16 @@ class WeightReceiver:
         """Takes the tensors of one bucket.
 
         Args:
-            bucket: ``{"slot": ..., "bytes": ..., "dtype": ..., "tensors": [[name, shape, first element], ...],
-                "checksum": CRC-32 or null}``.
+            bucket: ``{"sender": ..., "slot": ..., "bytes": ..., "dtype": ..., "tensors": [[name, shape, first element],
+                ...], "checksum": CRC-32 or null}``.
         """
         import torch
 
         if not self.jaxrft_loading or self.jaxrft_seen is None:
             return {"error": "jaxrft_load came without jaxrft_begin"}
         described = json.loads(bucket)
+        if described["sender"] != self.jaxrft_sender:
+            return {"error": "another trainer sends weights to this server: one at a time"}
         data = self.jaxrft_memory.read(described["slot"], described["bytes"])
         if described["checksum"] is not None:
             found = zlib.crc32(data.cpu().numpy())

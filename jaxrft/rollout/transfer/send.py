@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +45,8 @@ class Receiver(Protocol):
         """Takes the new weights into use, and generates again."""
         ...
 
-    def release(self) -> None:
-        """Lets go of what it opened, where it still runs."""
+    def release(self, sender: str) -> None:
+        """Lets go of what it opened for a sender, where it still runs."""
         ...
 
 
@@ -90,11 +91,13 @@ class Sender:
     ):
         self._receivers, self.transport, self._buckets = receivers, transport, buckets
         self._exporter, self._dtype, self._checksum = exporter, dtype, checksum
+        # A server takes weights from one sender at a time, and tells them apart by this.
+        self._name = secrets.token_hex(8)
         self._threads = ThreadPoolExecutor(len(receivers), thread_name_prefix="weights")
         try:
             self._check()
             opening = [
-                self._threads.submit(receiver.open, transport.describe(place))
+                self._threads.submit(receiver.open, {"sender": self._name, **transport.describe(place)})
                 for place, receiver in enumerate(receivers)
             ]
             transport.connect()
@@ -136,7 +139,7 @@ class Sender:
         """Lets go of the transport."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         for receiver in self._receivers:
-            receiver.release()
+            receiver.release(self._name)
         self.transport.close()
 
     def _hand_over(self, slot: int, bucket: Bucket, packed: jax.Array) -> list[Future]:
@@ -144,7 +147,7 @@ class Sender:
             self.transport.put(slot, packed)
         checksum = zlib.crc32(np.asarray(packed).tobytes()) if self._checksum else None
         described = {"slot": slot, "bytes": packed.nbytes, "dtype": self._dtype, "tensors": bucket.places()}
-        described |= {"checksum": checksum}
+        described |= {"checksum": checksum, "sender": self._name}
         futures = [self._threads.submit(receiver.load, described) for receiver in self._receivers]
         if not self.transport.put_first:
             self.transport.put(slot, packed)

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from jaxrft.config import ConfigError
+from jaxrft.config.rollout import VLLM_MAX_TEMPERATURE
 from jaxrft.models.checkpoint import tensor_table
 from jaxrft.models.decoder import Decoder
 from jaxrft.rollout.checks import check_requests, check_stops
@@ -123,6 +124,8 @@ class VLLMEngine:
         stop_ids = stop_token_ids(sampling, self._wire.eos_ids)
         has_tokenizer = self._tokenizer is not None
         check_stops(sampling, stop_ids, vocab_size=self._model_spec.vocab_size, has_tokenizer=has_tokenizer)
+        if max(sampling.temperature, sampling.first_token_temperature or 0.0) > VLLM_MAX_TEMPERATURE:
+            raise ConfigError(f"temperature: vLLM takes at most {VLLM_MAX_TEMPERATURE:g}")
         if not requests:
             return []
         if sampling.first_token_temperature is not None:

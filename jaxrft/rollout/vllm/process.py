@@ -64,6 +64,11 @@ class ServerProcess:
         self._stopping = False
         self._end = weakref.finalize(self, _end, self._process)
 
+    @property
+    def pid(self) -> int:
+        """Number of the process, and of the group of all that it starts."""
+        return self._process.pid
+
     def wait(self, seconds: float, on_news: Callable[[str], None] = lambda line: None) -> None:
         """Returns when the server answers.
 

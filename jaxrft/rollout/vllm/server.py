@@ -96,10 +96,10 @@ class Server:
         self._ask("POST", "/resume")
         self._ask("POST", "/jaxrft/state", json={"status": "ready", "version": version})
 
-    def release(self) -> None:
-        """Lets go of what it opened, where it still runs."""
+    def release(self, sender: str) -> None:
+        """Lets go of what it opened for a sender, where it still runs."""
         with contextlib.suppress(EngineError):
-            self._rpc("jaxrft_close")
+            self._rpc("jaxrft_close", sender)
 
     def state(self) -> dict[str, Any]:
         """``status`` (empty, loading, ready) and ``version`` of its weights."""

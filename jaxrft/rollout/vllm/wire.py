@@ -63,7 +63,7 @@ class Wire:
             "max_tokens": min(sampling.max_tokens, self.max_length - len(prompt_ids)),
             "min_tokens": min(sampling.min_tokens, self.max_length - len(prompt_ids)),
             "stop_token_ids": list(stop_token_ids(sampling, self.eos_ids)),
-            # They are among the stop tokens, where they count.
+            # They are among the stop tokens, where they count. (vLLM forbids them before min_tokens even where not.)
             "ignore_eos": True,
             "logprobs": 0,
             "detokenize": bool(sampling.stop),
