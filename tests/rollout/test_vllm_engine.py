@@ -71,7 +71,7 @@ def test_refuses_until_weights_have_come(processes):
     """The first test: the server is new. It refuses by itself, and asks everybody for the key."""
     with connect(processes, models(1)[0]) as engine, pytest.raises(EngineError, match="no whole weights"):
         engine.generate(requests(1), FREE)
-    body = {"model": "policy", "token_ids": [3], "sampling_params": {"max_tokens": 1}}
+    body = {"token_ids": [3], "sampling_params": {"max_tokens": 1}}
     key = {"Authorization": f"Bearer {processes[0].options.key}"}
     reply = httpx.post(f"{processes[0].url}/inference/v1/generate", json=body, headers=key)
     assert reply.status_code == 503
@@ -207,7 +207,7 @@ def test_a_broken_transfer_is_refused_and_repaired(ready, processes, monkeypatch
             engine.update_weights(nnx.state(new), 1)
     with pytest.raises(EngineError, match="again where it failed"):
         engine.generate(requests(1), FREE)
-    body = {"model": "policy", "token_ids": [3], "sampling_params": {"max_tokens": 1}}
+    body = {"token_ids": [3], "sampling_params": {"max_tokens": 1}}
     key = {"Authorization": f"Bearer {processes[0].options.key}"}
     reply = httpx.post(f"{processes[0].url}/inference/v1/generate", json=body, headers=key)
     assert reply.status_code == 503

@@ -121,7 +121,7 @@ def server_options(config: RLConfig, folder: Path, tokenizer: bool, number: int)
     devices = _devices(config) if on_gpu else None
     return ServerOptions(
         model=folder,
-        python=settings.python or sys.executable,
+        python=os.path.expanduser(settings.python) if settings.python else sys.executable,
         port=free_port() if settings.port is None else settings.port + number,
         dtype=config.model.dtype,
         max_length=config.max_prompt_length + config.max_completion_length,

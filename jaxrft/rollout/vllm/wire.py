@@ -73,7 +73,7 @@ class Wire:
         if sampling.stop:
             params |= {"stop": list(sampling.stop), "skip_special_tokens": False}
             params |= {"include_stop_str_in_output": True}
-        return {"model": "policy", "token_ids": [int(token) for token in prompt_ids], "sampling_params": params}
+        return {"token_ids": [int(token) for token in prompt_ids], "sampling_params": params}
 
     def completions(self, answer: dict[str, Any], sampling: SamplingParams) -> list[Completion]:
         """The completions of an answer, in order."""
