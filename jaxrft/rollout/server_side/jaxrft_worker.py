@@ -66,6 +66,7 @@ class WeightReceiver:
                 getattr(config.model_config.logprobs_mode, "value", config.model_config.logprobs_mode)
             ),
             "model_type": hf_config.model_type,
+            "tokenizer": not config.model_config.skip_tokenizer_init,
             "sleep": bool(getattr(config.model_config, "enable_sleep_mode", False)),
             "tied": bool(getattr(hf_config, "tie_word_embeddings", False)),
         }

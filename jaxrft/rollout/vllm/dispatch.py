@@ -14,6 +14,8 @@ from jaxrft.rollout.errors import EngineError
 
 # A request that failed for want of a connection is tried once more: its seed gives the same completions.
 ATTEMPTS = 2
+# So long at most until somebody who waits for a long answer is heard, by Ctrl-C for instance.
+WAIT_SECONDS = 1.0
 
 
 class Generates(Protocol):
@@ -46,13 +48,17 @@ class Dispatcher:
         self._aborted = threading.Event()
 
     def run(
-        self, payloads: Sequence[dict[str, Any]], on_answer: Callable[[int], None] = lambda done: None
+        self,
+        payloads: Sequence[dict[str, Any]],
+        on_answer: Callable[[int], None] = lambda place: None,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> list[dict[str, Any] | None]:
         """The answer to each payload, None where :meth:`abort` came before it was sent.
 
         Args:
             payloads: bodies of requests.
             on_answer: called with the place of each request that was answered; what it raises ends the others.
+            on_wait: called about once a second while none is; likewise.
 
         Raises:
             EngineError: a server refused a request, or a request failed twice.
@@ -89,7 +95,7 @@ class Dispatcher:
         for thread in threads:
             thread.start()
         try:
-            self._collect(len(payloads), len(threads), ended, on_answer)
+            self._collect(len(payloads), len(threads), ended, on_answer, on_wait)
         except BaseException:
             self.abort()
             raise
@@ -114,10 +120,15 @@ class Dispatcher:
         workers: int,
         ended: queue.SimpleQueue[tuple[int, BaseException | None]],
         on_answer: Callable[[int], None],
+        on_wait: Callable[[], None],
     ) -> None:
         """Waits until every request has an answer, or no worker is left."""
         while requests and workers:
-            place, error = ended.get()
+            try:
+                place, error = ended.get(timeout=WAIT_SECONDS)
+            except queue.Empty:
+                on_wait()
+                continue
             if error is not None:
                 raise error
             if place < 0:

@@ -93,6 +93,7 @@ class VLLMEngine:
             eos_ids=() if eos is None else (int(eos),),
             max_length=max_length,
             decode=None if tokenizer is None else self._text,
+            reads_text=worker["tokenizer"],
         )
 
     # ------------------------------------------------------------------ generation
@@ -157,7 +158,7 @@ class VLLMEngine:
         payloads = [self._wire.payload(prompt, n, seed, sampling) for prompt, n, seed in jobs]
         try:
             with self._explained():
-                answers = self._dispatcher.run(payloads, answered)
+                answers = self._dispatcher.run(payloads, answered, lambda: on_progress(done, total))
         finally:
             self._dispatcher = None
         completions = []
@@ -351,7 +352,7 @@ def _agreed(servers: Sequence[Server]) -> dict[str, Any]:
     first = servers[0].workers[0]
     for server in servers:
         for worker in server.workers:
-            for field in ("dtype", "logprobs_mode", "model_type", "tied"):
+            for field in ("dtype", "logprobs_mode", "model_type", "tied", "tokenizer"):
                 if worker[field] != first[field]:
                     raise ConfigError(
                         f"rollout.vllm.urls: {field} is {worker[field]} at {server.name}, {first[field]} at "

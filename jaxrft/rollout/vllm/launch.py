@@ -86,10 +86,12 @@ def _start(
     settings = config.rollout.vllm
     folder = Path(tempfile.mkdtemp(prefix="jaxrft-vllm-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    write_model_folder(folder, model, tokenizer, config.model.dtype)
+    # Only to look for stop texts: requests and answers are tokens.
+    served = tokenizer if config.rollout.stop else None
+    write_model_folder(folder, model, served, config.model.dtype)
     processes = []
     for number in range(settings.servers):
-        options = server_options(config, folder, tokenizer is not None, number)
+        options = server_options(config, folder, served is not None, number)
         name = f"vllm server {number}"
         processes.append(ServerProcess(options, logs / f"vllm-{number}.log", name))
         stack.callback(processes[-1].stop)

@@ -45,16 +45,19 @@ class Wire:
         eos_ids: end-of-sequence tokens.
         max_length: tokens of prompt and completion together at most.
         decode: text of tokens; None without a tokenizer.
+        reads_text: whether the server has a tokenizer too, and can stop at texts by itself.
     """
 
     mode: LogprobsMode
     eos_ids: tuple[int, ...]
     max_length: int
     decode: Callable[[Sequence[int]], str] | None
+    reads_text: bool = True
 
     def payload(self, prompt_ids: Sequence[int], n: int, seed: int, sampling: SamplingParams) -> dict[str, Any]:
         """The body of a request for ``n`` completions; completion i is drawn with ``seed + i``."""
-        params = {
+        reads_text = bool(sampling.stop) and self.reads_text
+        params: dict[str, Any] = {
             "n": n,
             "temperature": float(sampling.temperature),
             "top_p": float(sampling.top_p),
@@ -66,11 +69,11 @@ class Wire:
             # They are among the stop tokens, where they count. (vLLM forbids them before min_tokens even where not.)
             "ignore_eos": True,
             "logprobs": 0,
-            "detokenize": bool(sampling.stop),
+            "detokenize": reads_text,
         }
         if sampling.temperature > 0:
             params["seed"] = seed
-        if sampling.stop:
+        if reads_text:
             params |= {"stop": list(sampling.stop), "skip_special_tokens": False}
             params |= {"include_stop_str_in_output": True}
         return {"token_ids": [int(token) for token in prompt_ids], "sampling_params": params}
