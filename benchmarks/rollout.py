@@ -1,56 +1,75 @@
-"""Speed of the native engine, beside ``transformers.generate`` where torch is installed.
+"""Speed of the native engine, beside ``transformers.generate`` where torch is installed, and beside vLLM.
 
     python benchmarks/rollout.py --output rollout.json
     python benchmarks/rollout.py --model Qwen/Qwen2.5-0.5B --dtype bfloat16 --concurrency 1 64 256
+    python benchmarks/rollout.py --vllm ~/vllm/bin/python --concurrency 64 --output rollout.json
 
-Runs on a CPU and on a GPU. Without --model, both sides run a Qwen2 of the given shape with random
-weights. Every completion has the full response length: end-of-sequence tokens are ignored. The two
-sides take turns, and the median of the repeats counts.
+Runs on a CPU and on a GPU. Without --model, all sides run a Qwen2 of the given shape with random
+weights. With --vllm a server is started by that interpreter and fed with the native engine's very
+weights; it is asked as a run would ask it. Every completion has the full response length:
+end-of-sequence tokens are ignored. The sides take turns at the same prompts, which are new in each
+turn, so that nobody has them in a cache, and the median of the repeats counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import shlex
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+import rollout_sides as sides_of
 from flax import nnx
-from machine import describe_machine
+from machine import command_line, describe_machine, options_of
+from vllm_peer import vllm_engine
 
-from jaxrft.models import Decoder, DecoderSpec, load
-from jaxrft.models.spec import RopeSpec
-from jaxrft.rollout import NativeEngine, Request, SamplingParams
+from jaxrft.models import Decoder
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+# Names in the report, each side over those after it.
+RATIOS = (("jaxrft", "transformers"), ("jaxrft", "vllm"), ("vllm", "transformers"))
 
 
 def main() -> None:
     arguments = parse_arguments()
-    model, vocab_size = build_model(arguments)
-    peer = None if arguments.no_peer else build_peer(arguments)
+    # Threads that wait busily would take the other sides' cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if arguments.vllm:
+        # The server needs memory of the same GPU. On a CPU it would leave a core alone, which the others do not.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    model = sides_of.build_model(arguments)
+    peer = None if arguments.no_peer else sides_of.build_peer(arguments)
+    machine = describe_machine(PACKAGES)
     cases = []
-    for concurrency in arguments.concurrency:
-        for prompt_length in arguments.prompt_length:
-            for response_length in arguments.response_length:
-                shape = {"concurrency": concurrency, "prompt_length": prompt_length, "response_length": response_length}
-                cases.append(shape | run_case(arguments, model, vocab_size, peer, **shape))
-                print(json.dumps(cases[-1]), flush=True)
+    with contextlib.ExitStack() as stack:
+        vllm = None
+        if arguments.vllm:
+            vllm, machine["versions"]["vllm"] = stack.enter_context(start_vllm(arguments, model))
+            vllm.update_weights(nnx.state(model, nnx.Param), 0)
+        for concurrency in arguments.concurrency:
+            for prompt_length in arguments.prompt_length:
+                for response_length in arguments.response_length:
+                    shape = {
+                        "concurrency": concurrency, "prompt_length": prompt_length, "response_length": response_length
+                    }  # fmt: skip
+                    cases.append(shape | run_case(arguments, model, peer, vllm, **shape))
+                    print(json.dumps(cases[-1]), flush=True)
     report = {
-        "command": shlex.join(["python", "benchmarks/rollout.py", *sys.argv[1:]]),
-        **describe_machine(PACKAGES),
-        "options": vars(arguments),
+        "command": command_line("rollout.py", sys.argv[1:]),
+        **machine,
+        "options": options_of(arguments),
         "cases": cases,
     }
     if arguments.output:
-        with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,122 +93,56 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true", help="do not run transformers")
-    parser.add_argument("--output", help="file for the JSON report")
+    parser.add_argument("--vllm", metavar="PYTHON", help="has vLLM: run it too (heads of 32 channels at least)")
+    parser.add_argument("--vllm-memory", type=float, default=0.4, help="share of a GPU's memory (default: 0.4)")
+    parser.add_argument("--output", type=Path, help="file for the JSON report")
     return parser.parse_args()
 
 
-def build_model(arguments: argparse.Namespace) -> tuple[nnx.Module, int]:
-    if arguments.model:
-        model = load(arguments.model, dtype=arguments.dtype)
-    else:
-        spec = DecoderSpec(
-            vocab_size=arguments.vocab_size,
-            hidden_size=arguments.hidden_size,
-            intermediate_size=arguments.intermediate_size,
-            num_layers=arguments.layers,
-            num_heads=arguments.heads,
-            num_kv_heads=arguments.kv_heads,
-            head_dim=arguments.hidden_size // arguments.heads,
-            max_positions=4096,
-            rope=RopeSpec(),
-            tie_embeddings=True,
-            qkv_bias=True,
-        )
-        model = Decoder(spec, dtype=jax.numpy.dtype(arguments.dtype), rngs=nnx.Rngs(0))
-    return model, model.spec.vocab_size
+def start_vllm(arguments: argparse.Namespace, model: Decoder) -> Any:
+    """One server for all cases."""
+    return vllm_engine(
+        arguments.vllm,
+        model,
+        dtype=arguments.dtype,
+        max_length=max(arguments.prompt_length) + max(arguments.response_length),
+        max_sequences=arguments.max_slots or max(arguments.concurrency),
+        temperature=arguments.temperature,
+        gpu_memory=arguments.vllm_memory,
+    )
 
 
-def build_peer(arguments: argparse.Namespace) -> Any | None:
-    """The same model for ``transformers.generate``, or None where torch is missing."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-    except ImportError:
-        return None
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.model:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
-    else:
-        config = Qwen2Config(
-            vocab_size=arguments.vocab_size,
-            hidden_size=arguments.hidden_size,
-            intermediate_size=arguments.intermediate_size,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.heads,
-            num_key_value_heads=arguments.kv_heads,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        model = Qwen2ForCausalLM(config).to(dtype)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def run_case(arguments, model, vocab_size, peer, *, concurrency, prompt_length, response_length) -> dict[str, Any]:
+def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, response_length) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    prompts = rng.integers(0, vocab_size, (max(1, concurrency // arguments.group), prompt_length))
+    shape = (max(1, concurrency // arguments.group), prompt_length)
     slots = arguments.max_slots or concurrency
-    with NativeEngine(
-        model, max_slots=slots, max_length=prompt_length + response_length, decode_chunk=arguments.decode_chunk
-    ) as engine:
-        sides = {"jaxrft": native_side(engine, prompts, response_length, arguments)}
+    with sides_of.native_engine(model, slots, prompt_length + response_length, arguments) as engine:
+        sides = {"jaxrft": sides_of.engine_side(engine, response_length, arguments)}
+        if vllm is not None:
+            sides["vllm"] = sides_of.engine_side(vllm, response_length, arguments)
         if peer is not None:
-            sides["transformers"] = transformers_side(peer, prompts, response_length, arguments)
-        first = {name: timed(side) for name, side in sides.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(arguments.repeats):
-            for name, side in sides.items():
-                seconds[name].append(timed(side))
+            sides["transformers"] = sides_of.transformers_side(peer, response_length, arguments)
+        turns = []
+        for _ in range(1 + arguments.repeats):
+            prompts = rng.integers(0, model.spec.vocab_size, shape)
+            turns.append({name: timed(side, prompts) for name, side in sides.items()})
         compilations = engine.compilations
-    tokens = len(prompts) * arguments.group * response_length
-    result: dict[str, Any] = {name: summary(seconds[name], first[name], tokens, response_length) for name in sides}
+    tokens = shape[0] * arguments.group * response_length
+    first, *rest = turns
+    result: dict[str, Any] = {
+        name: summary([turn[name] for turn in rest], first[name], tokens, response_length) for name in sides
+    }
     result["jaxrft"]["compilations"] = compilations
-    if "transformers" in sides:
-        ratio = result["jaxrft"]["tokens_per_second"] / result["transformers"]["tokens_per_second"]
-        result["jaxrft_over_transformers"] = round(ratio, 3)
+    for one, other in RATIOS:
+        if one in sides and other in sides:
+            ratio = result[one]["tokens_per_second"] / result[other]["tokens_per_second"]
+            result[f"{one}_over_{other}"] = round(ratio, 3)
     return result
 
 
-def native_side(engine: NativeEngine, prompts: np.ndarray, response_length: int, arguments) -> Callable[[], None]:
-    requests = [Request(prompt_ids=prompt.tolist(), n=arguments.group) for prompt in prompts]
-    sampling = SamplingParams(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        max_tokens=response_length,
-        ignore_eos=True,
-    )
-
-    def run() -> None:
-        for completion in engine.generate(requests, sampling):
-            assert len(completion.token_ids) == response_length
-
-    return run
-
-
-def transformers_side(peer: Any, prompts: np.ndarray, response_length: int, arguments) -> Callable[[], None]:
-    import torch
-
-    tokens = torch.tensor(prompts, device=peer.device)
-    options = {"max_new_tokens": response_length, "min_new_tokens": response_length, "pad_token_id": 0}
-    options |= {"num_return_sequences": arguments.group} if arguments.group > 1 else {}
-    if arguments.temperature == 0:
-        options |= {"do_sample": False}
-    else:
-        options |= {"do_sample": True, "temperature": arguments.temperature}
-        options |= {"top_k": arguments.top_k, "top_p": arguments.top_p}
-
-    def run() -> None:
-        with torch.no_grad():
-            result = peer.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
-        assert result.cpu().shape[1] == prompts.shape[1] + response_length
-
-    return run
-
-
-def timed(function: Callable[[], None]) -> float:
+def timed(side: sides_of.Side, prompts: np.ndarray) -> float:
     start = time.perf_counter()
-    function()
+    side(prompts)
     return time.perf_counter() - start
 
 

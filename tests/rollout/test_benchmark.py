@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
+PYTHON = os.environ.get("JAXRFT_TEST_VLLM")
 
-def test_benchmark_writes_its_report(tmp_path, monkeypatch) -> None:
-    report = tmp_path / "report.json"
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the command and returns its report."""
+
+    def call(options):
+        report = tmp_path / "report.json"
+        monkeypatch.setattr(sys, "argv", ["rollout.py", *options.split(), "--output", str(report)])
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        runpy.run_path(str(ROOT / "benchmarks" / "rollout.py"), run_name="__main__")
+        return json.loads(report.read_text())
+
+    return call
+
+
+def test_benchmark_writes_its_report(run) -> None:
     shape = "--hidden-size 16 --layers 1 --heads 2 --kv-heads 1 --intermediate-size 16 --vocab-size 17"
     load = "--concurrency 4 --group 2 --prompt-length 3 --response-length 2 5 --repeats 1 --no-peer"
-    monkeypatch.setattr(sys, "argv", ["rollout.py", *shape.split(), *load.split(), "--output", str(report)])
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    runpy.run_path(str(ROOT / "benchmarks" / "rollout.py"), run_name="__main__")
-    written = json.loads(report.read_text())
+    written = run(f"{shape} {load}")
     assert written["command"].startswith("python benchmarks/rollout.py --hidden-size 16")
     assert written["versions"]["jax"]
     assert written["device"]["platform"] == "cpu"
     assert [case["response_length"] for case in written["cases"]] == [2, 5]
     for case in written["cases"]:
         assert case["jaxrft"]["tokens_per_second"] > 0
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(PYTHON is None, reason="JAXRFT_TEST_VLLM names no Python that has vLLM")
+@pytest.mark.timeout(1200)
+def test_vllm_generates_beside_the_others(run):
+    shape = "--hidden-size 64 --layers 1 --heads 2 --kv-heads 1 --intermediate-size 64 --vocab-size 128"
+    # More prompt tokens than a server takes in one step, so that some prompts have to wait.
+    load = "--concurrency 64 --prompt-length 50 --response-length 4 --repeats 2"
+    written = run(f"{shape} {load} --vllm {PYTHON}")
+    assert "--vllm PYTHON" in written["command"]
+    assert written["options"]["vllm"] == "PYTHON"
+    assert written["versions"]["vllm"]
+    [case] = written["cases"]
+    speeds = {side: case[side]["tokens_per_second"] for side in ("jaxrft", "vllm", "transformers")}
+    for one, other in (("jaxrft", "vllm"), ("vllm", "transformers"), ("jaxrft", "transformers")):
+        assert case[f"{one}_over_{other}"] == pytest.approx(speeds[one] / speeds[other], abs=1e-3)

@@ -59,7 +59,10 @@ def vllm_version() -> str | None:
 
 
 def platform_options(arguments: list[str]) -> list[str]:
-    """What a server on a CPU needs: no compilation, which would take minutes, and embeddings that are not tied.
+    """What a server on a CPU needs: no compilation, which would take minutes, whole prompts, and untied embeddings.
+
+    Where a step's tokens run out in the middle of a prompt whose request has a seed, vLLM takes back a random number,
+    which torch cannot do on a CPU: the server would end.
 
     vLLM packs an output projection for the CPU when it loads it; loading weights again then renews the embedding that
     is tied to it, but not the packed copy.
@@ -69,6 +72,8 @@ def platform_options(arguments: list[str]) -> list[str]:
     if not current_platform.is_cpu():
         return []
     options = ["--enforce-eager"] if "--enforce-eager" not in arguments else []
+    if not {"--enable-chunked-prefill", "--no-enable-chunked-prefill"} & set(arguments):
+        options.append("--no-enable-chunked-prefill")
     model = Path(arguments[arguments.index("--model") + 1]) if "--model" in arguments else Path()
     described = model / "config.json"
     read = json.loads(described.read_text()) if described.is_file() else {}

@@ -145,7 +145,7 @@ class Sender:
     def _hand_over(self, slot: int, bucket: Bucket, packed: jax.Array) -> list[Future]:
         if self.transport.put_first:
             self.transport.put(slot, packed)
-        checksum = zlib.crc32(np.asarray(packed).tobytes()) if self._checksum else None
+        checksum = zlib.crc32(np.asarray(packed).view(np.uint8).data) if self._checksum else None
         described = {"slot": slot, "bytes": packed.nbytes, "dtype": self._dtype, "tensors": bucket.places()}
         described |= {"checksum": checksum, "sender": self._name}
         futures = [self._threads.submit(receiver.load, described) for receiver in self._receivers]

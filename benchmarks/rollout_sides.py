@@ -1,0 +1,108 @@
+"""The sides of benchmarks/rollout.py: the model for each, and how each generates for the same prompts.
+
+A side is a function of prompts [prompts, prompt length] that generates ``group`` completions of each, all of the full
+response length, and returns when they are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxrft.models import Decoder, DecoderSpec, load
+from jaxrft.models.spec import RopeSpec
+from jaxrft.rollout import NativeEngine, Request, SamplingParams
+
+Side = Callable[[np.ndarray], None]
+
+
+def build_model(arguments: argparse.Namespace) -> Decoder:
+    if arguments.model:
+        return load(arguments.model, dtype=arguments.dtype)
+    spec = DecoderSpec(
+        vocab_size=arguments.vocab_size,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+        num_layers=arguments.layers,
+        num_heads=arguments.heads,
+        num_kv_heads=arguments.kv_heads,
+        head_dim=arguments.hidden_size // arguments.heads,
+        max_positions=4096,
+        rope=RopeSpec(),
+        tie_embeddings=True,
+        qkv_bias=True,
+    )
+    return Decoder(spec, dtype=jax.numpy.dtype(arguments.dtype), rngs=nnx.Rngs(0))
+
+
+def build_peer(arguments: argparse.Namespace) -> Any | None:
+    """The same model for ``transformers.generate``, or None where torch is missing."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    except ImportError:
+        return None
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    else:
+        config = Qwen2Config(
+            vocab_size=arguments.vocab_size,
+            hidden_size=arguments.hidden_size,
+            intermediate_size=arguments.intermediate_size,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=arguments.heads,
+            num_key_value_heads=arguments.kv_heads,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        model = Qwen2ForCausalLM(config).to(dtype)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def engine_side(engine: Any, response_length: int, arguments: argparse.Namespace) -> Side:
+    """The native engine, or vLLM's."""
+    sampling = SamplingParams(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        max_tokens=response_length,
+        ignore_eos=True,
+    )
+
+    def run(prompts: np.ndarray) -> None:
+        requests = [Request(prompt_ids=prompt.tolist(), n=arguments.group) for prompt in prompts]
+        for completion in engine.generate(requests, sampling):
+            assert len(completion.token_ids) == response_length
+
+    return run
+
+
+def native_engine(model: Decoder, slots: int, max_length: int, arguments: argparse.Namespace) -> NativeEngine:
+    return NativeEngine(model, max_slots=slots, max_length=max_length, decode_chunk=arguments.decode_chunk)
+
+
+def transformers_side(peer: Any, response_length: int, arguments: argparse.Namespace) -> Side:
+    import torch
+
+    options = {"max_new_tokens": response_length, "min_new_tokens": response_length, "pad_token_id": 0}
+    options |= {"num_return_sequences": arguments.group} if arguments.group > 1 else {}
+    if arguments.temperature == 0:
+        options |= {"do_sample": False}
+    else:
+        options |= {"do_sample": True, "temperature": arguments.temperature}
+        options |= {"top_k": arguments.top_k, "top_p": arguments.top_p}
+
+    def run(prompts: np.ndarray) -> None:
+        tokens = torch.tensor(prompts, device=peer.device)
+        with torch.no_grad():
+            result = peer.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        assert result.cpu().shape[1] == prompts.shape[1] + response_length
+
+    return run
