@@ -79,7 +79,9 @@ class VLLMConfig(Section):
         if self.devices is not None and min(self.devices) < 0:
             raise ConfigError(f"devices: got {self.devices}, takes numbers of at least 0")
         if self.port is not None and self.port + self.servers - 1 > LAST_PORT:
-            raise ConfigError(f"port: got {self.port}, takes at most {LAST_PORT + 1 - self.servers} for {self.servers} servers")
+            raise ConfigError(
+                f"port: got {self.port}, takes at most {LAST_PORT + 1 - self.servers} for {self.servers} servers"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

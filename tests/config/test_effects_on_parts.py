@@ -88,7 +88,9 @@ def test_engine(monkeypatch, tmp_path):
     config = RLConfig(rollout=from_dict({"rollout": {"max_slots": 3, "decode_chunk": 2}}).rollout, max_prompt_length=5)
     parts.build_engine(config, None, None, tmp_path)
     assert made == {"max_slots": 3, "decode_chunk": 2, "max_length": 5 + config.max_completion_length}
-    monkeypatch.setattr(launch, "engine_from", lambda config, model, tokenizer, logs, say: (config.rollout.engine, logs))
+    monkeypatch.setattr(
+        launch, "engine_from", lambda config, model, tokenizer, logs, say: (config.rollout.engine, logs)
+    )
     config = from_dict({"rollout": {"engine": "vllm"}})
     assert parts.build_engine(config, None, None, tmp_path) == ("vllm", tmp_path / "logs")
 

@@ -1,6 +1,7 @@
 """What the fields of rollout.vllm change in the servers that are started, and in the engine that talks to them."""
 
 import json
+from typing import ClassVar
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_devices(tmp_path, four_gpus, monkeypatch):
 class FakeProcess:
     """A server process that needs 5 seconds to start, by its own account."""
 
-    made: list = []
+    made: ClassVar[list] = []
 
     def __init__(self, options, log, name):
         self.options, self.log, self.name, self.url = options, log, name, f"http://127.0.0.1:{options.port}"
@@ -176,9 +177,7 @@ def test_servers(started, tmp_path):
 def test_startup_seconds(started, tmp_path):
     """Where one is not up after ``startup_seconds``, all are ended."""
     with pytest.raises(EngineError, match="vllm server 0 did not answer within 4 s"):
-        launch.engine_from(
-            config_of({"servers": 2, "startup_seconds": 4}), random_model(), None, tmp_path, [].append
-        )
+        launch.engine_from(config_of({"servers": 2, "startup_seconds": 4}), random_model(), None, tmp_path, [].append)
     assert [p.stopped for p in FakeProcess.made] == [True, True]
     assert not FakeProcess.made[0].options.model.exists()
 

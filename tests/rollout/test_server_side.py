@@ -1,4 +1,4 @@
-"""What runs inside a server's own environment, with an application, a model and processes that only look like vLLM's."""
+"""What runs inside a server's own environment, with an application, a model and processes in place of vLLM's."""
 
 import asyncio
 import contextlib
@@ -11,6 +11,7 @@ import sys
 import time
 import types
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_start_time_of_a_name_with_parentheses(tmp_path):
     program = tmp_path / "a) Z 1 (b"
     program.symlink_to("/bin/sleep")
     with subprocess.Popen([str(program), "100"]) as process:
-        until(lambda: "Z 1" in open(f"/proc/{process.pid}/stat").read())
+        until(lambda: "Z 1" in Path(f"/proc/{process.pid}/stat").read_text())
         assert start_time(process.pid) >= start_time(os.getpid())
         process.kill()
 

@@ -385,7 +385,7 @@ def test_a_model_that_would_not_be_filled(weights):
     """Nothing is begun or opened, and everything is given back."""
     log = []
     answer = [{"problems": [f"weight {i} would not be filled" for i in range(7)], "taken": [12] * COUNT}]
-    with pytest.raises(EngineError, match=r"^b: .*: weight 0 would.*weight 4 would[^;]*; and 2 more\. Nothing was sent"):
+    with pytest.raises(EngineError, match=r"^b: .*: weight 0 would.*weight 4 would[^;]*; and 2 more\. Nothing"):
         sender_of(log, weights, [{}, {"answer": answer}])
     assert log == ["a check", "b check", "a release", "b release", "close"]
 
@@ -401,7 +401,7 @@ TENSORS = [("whole", [4, 6]), ("split", [8, 2])]
         ([([], [12, 16]), ([], [12, 16])], []),
         ([([], [24, 0])], ["split has no place in it"]),
         ([([], [12, 8]), ([], [12, 0])], ["split of shape [8, 2] is too large: 8 of its elements are taken"]),
-        ([(["b is not filled"], [0, 0]), (["a is not filled", "b is not filled"], [])], ["a is not filled", "b is not filled"]),
+        ([(["b lacks"], [0, 0]), (["a lacks", "b lacks"], [])], ["a lacks", "b lacks"]),
     ],
 )  # fmt: skip
 def test_coverage_over_workers(answers, problems):

@@ -65,7 +65,11 @@ def test_payload_of_other_samplings():
     assert (cut["max_tokens"], cut["min_tokens"]) == (5, 5)
     stops = wire_of().payload([1], 1, 0, SamplingParams(stop=["ab", "c"]))["sampling_params"]
     assert stops["stop"] == ["ab", "c"]
-    assert (stops["detokenize"], stops["skip_special_tokens"], stops["include_stop_str_in_output"]) == (True, False, True)
+    assert (stops["detokenize"], stops["skip_special_tokens"], stops["include_stop_str_in_output"]) == (
+        True,
+        False,
+        True,
+    )
 
 
 def test_seeds():
@@ -231,9 +235,7 @@ BEFORE = [request.prompt_ids[-1] for request in REQUESTS for _ in range(request.
 
 
 def expected_logprobs(before, tokens, first, rest):
-    return [
-        logprob(a, b, first if i == 0 else rest) for i, (a, b) in enumerate(itertools.pairwise([before, *tokens]))
-    ]
+    return [logprob(a, b, first if i == 0 else rest) for i, (a, b) in enumerate(itertools.pairwise([before, *tokens]))]
 
 
 def test_generation(engine):
@@ -351,7 +353,7 @@ def test_requests_that_are_refused(engine, server, requests, sampling, message):
 
 @pytest.mark.parametrize("bucket_bytes", [1, 3000, 2**28])
 def test_servers_get_the_model(tmp_path, bucket_bytes):
-    """What a saved model's file holds, and the output projection too where the server's is not tied; newer each time."""
+    """What a saved model's file holds, and the output projection too where the server's is not tied."""
     servers = [FakeServer("a"), FakeServer("b")]
     with engine_on(*servers, bucket_bytes=bucket_bytes, checksum=True) as engine:
         assert (engine.version, engine.last_transfer, engine.transport) == (None, None, None)
