@@ -19,6 +19,7 @@ from jaxrft.lazy import exports
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SERVER_SIDE = ROOT / "jaxrft" / "rollout" / "server_side"
 ROOMS = sorted(path.parent.name for path in (ROOT / "jaxrft").glob("*/__init__.py"))
 
 
@@ -62,6 +63,8 @@ class Blocker:
         if name.partition(".")[0] in ("torch", "torchvision", "torchaudio", "vllm", "sglang"):
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Blocker())
+# What runs inside a server knows its neighbours by their own names.
+sys.path.append({str(SERVER_SIDE)!r})
 for name in {modules!r}:
     importlib.import_module(name)
 print(len([name for name in sys.modules if name.partition(".")[0] in ("torch", "vllm")]))

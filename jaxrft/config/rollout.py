@@ -9,6 +9,7 @@ from jaxrft.config.base import ConfigError, Section, option
 
 # vLLM's own bound.
 VLLM_MAX_TEMPERATURE = 2.0
+LAST_PORT = 65535
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class VLLMConfig(Section):
     )
     port: int | None = option(
         None, "Port of the first server on 127.0.0.1, the others follow. None: any that is free.", minimum=1024,
-        maximum=65535,
+        maximum=LAST_PORT,
     )  # fmt: skip
     gpu_memory: float = option(0.5, "Share of a GPU's memory that a server takes.", above=0, below=1)
     cpu_cache_gib: int = option(1, "GiB of a server's caches, on a CPU.", minimum=1)
@@ -76,6 +77,12 @@ class VLLMConfig(Section):
         if self.devices is not None and (len(set(self.devices)) != wanted or len(self.devices) != wanted):
             raise ConfigError(
                 f"devices: got {self.devices}, takes {wanted} different numbers (servers x tensor_parallel)"
+            )
+        if self.devices is not None and min(self.devices) < 0:
+            raise ConfigError(f"devices: got {self.devices}, takes numbers of at least 0")
+        if self.port is not None and self.port + self.servers - 1 > LAST_PORT:
+            raise ConfigError(
+                f"port: got {self.port}, takes at most {LAST_PORT + 1 - self.servers} for {self.servers} servers"
             )
 
 

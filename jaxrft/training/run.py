@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from jaxrft.config import RLConfig
@@ -29,9 +30,9 @@ def run(config: RLConfig) -> int:
     """
     # Before anything is loaded: a taken folder is the commonest mistake.
     RunFolder(config.output_dir).check(config.resume_from_checkpoint)
-    trainer = RLTrainer(config=config)
     try:
-        trainer.train()
+        with contextlib.closing(RLTrainer(config=config)) as trainer:
+            trainer.train()
     except Interrupted as error:
         return 128 + error.signal_number
     except AuditError as error:
@@ -43,6 +44,4 @@ def run(config: RLConfig) -> int:
     except PhaseTimeout as error:
         print(f"error: {error}", file=sys.stderr)
         return TIMED_OUT
-    finally:
-        trainer.close()
     return 0

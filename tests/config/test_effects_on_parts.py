@@ -12,6 +12,7 @@ from jaxrft.config import ConfigError, RLConfig
 from jaxrft.config.parse import from_dict
 from jaxrft.data.records import Prompt
 from jaxrft.data.tokenizers import load_tokenizer
+from jaxrft.rollout.vllm import launch
 from jaxrft.training import parts
 from tests.training.tiny import MODEL, SCRATCH
 
@@ -80,13 +81,18 @@ def test_rewards(tmp_path, monkeypatch):
     assert given == [(["math"], {}, 2.5)]
 
 
-def test_engine(monkeypatch):
-    """``engine`` (there is one), ``max_slots``, ``decode_chunk``."""
+def test_engine(monkeypatch, tmp_path):
+    """``engine``, ``max_slots``, ``decode_chunk``; what the servers of vllm are given has tests of its own."""
     made = {}
     monkeypatch.setattr(parts, "NativeEngine", lambda *_, **options: made.update(options))
     config = RLConfig(rollout=from_dict({"rollout": {"max_slots": 3, "decode_chunk": 2}}).rollout, max_prompt_length=5)
-    parts.build_engine(config, None, None)
+    parts.build_engine(config, None, None, tmp_path)
     assert made == {"max_slots": 3, "decode_chunk": 2, "max_length": 5 + config.max_completion_length}
+    monkeypatch.setattr(
+        launch, "engine_from", lambda config, model, tokenizer, logs, say: (config.rollout.engine, logs)
+    )
+    config = from_dict({"rollout": {"engine": "vllm"}})
+    assert parts.build_engine(config, None, None, tmp_path) == ("vllm", tmp_path / "logs")
 
 
 def test_model(tmp_path):

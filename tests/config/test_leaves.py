@@ -15,8 +15,8 @@ from tests.config.leaf_reads import Leaf, leaves, properties, reads
 ROOT = Path(__file__).resolve().parents[2]
 LEAVES = leaves(RLConfig)
 
-DEVICES, PARTS, RECIPES, RUNS, UPDATES = (
-    f"tests/config/test_effects_on_{name}.py" for name in ("devices", "parts", "recipes", "runs", "updates")
+DEVICES, PARTS, RECIPES, RUNS, SERVERS, UPDATES = (
+    f"tests/config/test_effects_on_{name}.py" for name in ("devices", "parts", "recipes", "runs", "servers", "updates")
 )
 ENVIRONMENT = "tests/config/test_environment.py"
 
@@ -106,6 +106,24 @@ EFFECTS = {
     "rollout.stop": f"{UPDATES}::SAMPLING",
     "rollout.stop_token_ids": f"{UPDATES}::SAMPLING",
     "rollout.first_token_temperature": f"{UPDATES}::SAMPLING",
+    "rollout.missing_logprobs": "tests/training/test_copied_weights.py::test_missing_logprobs",
+    "rollout.parity": "tests/training/test_copied_weights.py::test_parity_is_due",
+    "rollout.vllm.python": f"{SERVERS}::test_python",
+    "rollout.vllm.urls": f"{SERVERS}::test_urls",
+    "rollout.vllm.servers": f"{SERVERS}::test_servers",
+    "rollout.vllm.tensor_parallel": f"{SERVERS}::COMMAND",
+    "rollout.vllm.devices": f"{SERVERS}::test_devices",
+    "rollout.vllm.port": f"{SERVERS}::COMMAND",
+    "rollout.vllm.gpu_memory": f"{SERVERS}::COMMAND",
+    "rollout.vllm.cpu_cache_gib": f"{SERVERS}::test_environment",
+    "rollout.vllm.sleep": f"{SERVERS}::FLAGS",
+    "rollout.vllm.eager": f"{SERVERS}::FLAGS",
+    "rollout.vllm.arguments": f"{SERVERS}::FLAGS",
+    "rollout.vllm.transport": f"{SERVERS}::test_urls",
+    "rollout.vllm.bucket_mib": f"{SERVERS}::test_urls",
+    "rollout.vllm.checksum": f"{SERVERS}::test_urls",
+    "rollout.vllm.startup_seconds": f"{SERVERS}::test_startup_seconds",
+    "rollout.vllm.request_seconds": f"{SERVERS}::test_urls",
     "parallel.strategy": f"{DEVICES}::LAYOUTS",
     "parallel.replica": f"{UPDATES}::BATCHES",
     "parallel.fsdp": f"{DEVICES}::LAYOUTS",

@@ -68,6 +68,11 @@ class Dispatcher:
         answers: list[dict[str, Any] | None] = [None] * len(payloads)
         ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
 
+        def fail(place: int, error: BaseException) -> None:
+            ended.put((place, error))
+            # At once: until the caller has heard of it, nobody needs to send more.
+            self._aborted.set()
+
         def work(server: Generates) -> None:
             while not self._aborted.is_set():
                 try:
@@ -81,9 +86,9 @@ class Dispatcher:
                     if attempt < ATTEMPTS:
                         waiting.append((place, attempt + 1))
                     else:
-                        ended.put((place, _gave_up(server, error)))
+                        fail(place, _gave_up(server, error))
                 except BaseException as error:
-                    ended.put((place, error))
+                    fail(place, error)
             ended.put((-1, None))
 
         count = min(self._in_flight, -(-len(payloads) // len(self._servers)))

@@ -75,6 +75,7 @@ class VLLMEngine:
     ):
         self._servers, self._model_spec, self._tokenizer = list(servers), model.spec, tokenizer
         self._tensors, self._tied = tensor_table(model), model.spec.tie_embeddings
+        self._shapes = {path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
         self._max_length, self._max_sequences = max_length, max_sequences
         self._transport, self._bucket_bytes, self._checksum = transport, bucket_bytes, checksum
         self._on_failure, self._on_close = on_failure, on_close
@@ -86,7 +87,8 @@ class VLLMEngine:
         self.last_transfer: Report | None = None
         eos = getattr(tokenizer, "eos_token_id", None)
         worker = _agreed(self._servers)
-        _check_serves(self._servers[0].name, worker, model, max_length)
+        for server in self._servers:
+            _check_serves(server.name, server.workers[0], max_length)
         self.dtype: str = worker["dtype"]
         self._wire = wire.Wire(
             mode=worker["logprobs_mode"],
@@ -224,7 +226,7 @@ class VLLMEngine:
         """
         self._refuse_closed()
         values = {path: variable[...] for path, variable in nnx.to_flat_state(params)}
-        if values.keys() != self._tensors.keys():
+        if {path: value.shape for path, value in values.items()} != self._shapes:
             raise ConfigError("params: not the state of this engine's model: pass the second result of nnx.split")
         # Until the last byte has come, no server may be asked for anything.
         self._ready = False
@@ -246,10 +248,9 @@ class VLLMEngine:
         like = next(iter(values.values()))
         gpus = gpus_of(sorted(like.devices(), key=lambda device: device.id))
         kind = choose(self._transport, workers, socket.gethostname(), list(gpus))
-        shapes = {path: value.shape for path, value in values.items()}
         both = EMBEDDING if self._tied and not workers[0][0]["tied"] else None
         itemsize = jax.numpy.dtype(self.dtype).itemsize
-        buckets = make_buckets(make_entries(self._tensors, shapes, both), self._bucket_bytes // itemsize)
+        buckets = make_buckets(make_entries(self._tensors, self._shapes, both), self._bucket_bytes // itemsize)
         slot_bytes = max(bucket.elements for bucket in buckets) * itemsize
         transport = make_transport(kind, workers, gpus, slot_bytes)
         return Sender(self._servers, transport, buckets, Exporter(like, self.dtype), self.dtype, self._checksum)
@@ -361,7 +362,7 @@ def _agreed(servers: Sequence[Server]) -> dict[str, Any]:
     return first
 
 
-def _check_serves(name: str, worker: dict[str, Any], model: Decoder, max_length: int) -> None:
+def _check_serves(name: str, worker: dict[str, Any], max_length: int) -> None:
     """Refuses servers that cannot be filled with this model."""
     if worker["max_model_len"] < max_length:
         raise ConfigError(

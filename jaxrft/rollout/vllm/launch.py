@@ -120,7 +120,7 @@ def server_options(config: RLConfig, folder: Path, tokenizer: bool, number: int)
         )
     temperatures = [config.temperature, rollout.first_token_temperature or config.temperature]
     share = settings.tensor_parallel
-    devices = _devices(config) if on_gpu else None
+    devices = _devices(config) if on_gpu or settings.devices is not None else None
     return ServerOptions(
         model=folder,
         python=os.path.expanduser(settings.python) if settings.python else sys.executable,

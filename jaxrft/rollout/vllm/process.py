@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 
@@ -23,6 +24,7 @@ from jaxrft.rollout.vllm.options import ServerOptions
 
 POLL_SECONDS = 0.25
 NEWS_SECONDS = 15.0
+SECONDS_TO_END = 10.0
 # What an engine process died of stands in its own lines; these say only that it died.
 _CONSEQUENCES = ("Engine core initialization failed", "EngineDeadError", "See root cause above", "validation error")
 
@@ -61,7 +63,7 @@ class ServerProcess:
                     f"rollout.vllm.python: {options.python} cannot be run ({error.strerror}); name the Python of an "
                     "environment that has vLLM, such as /path/to/venv/bin/python"
                 ) from error
-        self._stopping = False
+        self._stopping = threading.Event()
         self._end = weakref.finalize(self, _end, self._process)
 
     @property
@@ -98,18 +100,11 @@ class ServerProcess:
 
     def follow(self, say: Callable[[str], None]) -> None:
         """From here on, errors that the server logs are passed on, until it ends."""
-        start = self.log.stat().st_size
-        threading.Thread(target=self._follow, args=(start, say), name=f"log of {self.name}", daemon=True).start()
-
-    def _follow(self, start: int, say: Callable[[str], None]) -> None:
-        with self.log.open(errors="replace") as file:
-            file.seek(start)
-            while self._process.poll() is None and not self._stopping:
-                line = file.readline()
-                if not line:
-                    time.sleep(POLL_SECONDS)
-                elif re.search(r"\b(ERROR|CRITICAL)\b", line[:80]):
-                    say(f"{self.name}: {_plain(line.rstrip())[:400]}")
+        file = self.log.open(errors="replace")
+        file.seek(0, os.SEEK_END)
+        # Not a method of this object, which the thread would keep alive.
+        arguments = (file, self._process, self._stopping, lambda line, name=self.name: say(f"{name}: {line}"))
+        threading.Thread(target=_follow, args=arguments, name=f"log of {self.name}", daemon=True).start()
 
     def check_alive(self) -> None:
         """Raises EngineError where the process has ended."""
@@ -131,7 +126,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Ends the server and all that it started; harmless when called again."""
-        self._stopping = True
+        self._stopping.set()
         self._end()
 
     def _answers(self) -> bool:
@@ -176,15 +171,30 @@ def reason_in(log: str) -> str:
 
 def _plain(line: str) -> str:
     """A line of the log without colours, and without the name, level and place that vLLM puts before it."""
-    line = re.sub(r"\x1b\[[0-9;]*m", "", line)
-    line = re.sub(r"^\(\w+ pid=\d+\) ?", "", line)
-    return re.sub(r"^(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ \S+ \[[^\]]+\] ?", "", line)
+    return re.sub(r"^(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ \S+ \[[^\]]+\] ?", "", _uncoloured(line))
+
+
+def _uncoloured(line: str) -> str:
+    """A line of the log without colours, and without the name of the process that vLLM puts before it."""
+    return re.sub(r"^\(\w+ pid=\d+\) ?", "", re.sub(r"\x1b\[[0-9;]*m", "", line))
+
+
+def _follow(
+    file: TextIO, process: subprocess.Popen[bytes], stopping: threading.Event, say: Callable[[str], None]
+) -> None:
+    with file:
+        while process.poll() is None and not stopping.is_set():
+            line = file.readline()
+            if not line:
+                time.sleep(POLL_SECONDS)
+            elif re.match(r"(ERROR|CRITICAL)\b", _uncoloured(line)):
+                say(_plain(line.rstrip())[:400])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10.0)
+        process.wait(SECONDS_TO_END)
     # Its group is its own, and outlives it while a worker runs.
     end_group(process.pid)
     process.wait()

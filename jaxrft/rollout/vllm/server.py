@@ -144,6 +144,8 @@ class Server:
         try:
             state = self._ask("GET", "/jaxrft/state")
         except EngineError as error:
+            if isinstance(error.__cause__, httpx.TransportError):
+                raise
             if "Unauthorized" in str(error):
                 raise ConfigError(
                     f"{self.name}: asks for another API key; put the server's into JAXRFT_VLLM_API_KEY"

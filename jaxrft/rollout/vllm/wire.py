@@ -154,7 +154,9 @@ def unfinished(version: int, has_logprobs: bool) -> Completion:
 def request_seed(sampling: SamplingParams, request: Request, place: int, *more: int) -> int:
     """A seed of 62 bits that depends on the sampling's, the request's (else its place), and ``more`` alone."""
     own = place if request.seed is None else request.seed
-    entropy = [sampling.seed & 0xFFFFFFFF, own & 0xFFFFFFFFFFFFFFFF, int(request.seed is None), *more]
+    # Words of 32 bits, and their number: a larger one would take two, and missing ones count as zeros.
+    words = [sampling.seed, own, own >> 32, int(request.seed is None), len(more), *more]
+    entropy = [word & 0xFFFFFFFF for word in words]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 2
 
 
