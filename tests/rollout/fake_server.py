@@ -37,6 +37,7 @@ def worker(**changes: Any) -> dict[str, Any]:
     said: dict[str, Any] = {
         "rank": 0, "host": socket.gethostname(), "device": "cpu", "dtype": "float32", "max_model_len": 64,
         "logprobs_mode": "processed_logprobs", "model_type": "qwen2", "sleep": False, "tied": False,
+        "tokenizer": True,
     }  # fmt: skip
     return said | changes
 
@@ -102,7 +103,7 @@ class FakeServer:
         assert len(self.tensors) == tensors
         self.version = version
 
-    def release(self) -> None:
+    def release(self, sender: str) -> None:
         self._called("release")
 
     # ------------------------------------------------------------------ the rest

@@ -15,7 +15,7 @@ from jaxrft.data import load_tokenizer
 from jaxrft.models import Decoder, DecoderSpec
 from jaxrft.rollout.server_side.jaxrft_watch import start_time
 from jaxrft.rollout.vllm.engine import VLLMEngine
-from jaxrft.rollout.vllm.options import ServerOptions, write_model_folder
+from jaxrft.rollout.vllm.options import ServerOptions, cpu_cores, write_model_folder
 from jaxrft.rollout.vllm.process import ServerProcess, free_port
 from jaxrft.rollout.vllm.server import Server
 from tests.rollout.tiny import random_model
@@ -67,6 +67,7 @@ def running(
                 port=free_port(),
                 dtype=dtype,
                 tokenizer=tokenizer is not None,
+                cpu_cores=cpu_cores(number, count, options.get("tensor_parallel", 1)),
                 **{**defaults, **options},
             )
             processes.append(ServerProcess(chosen, folder / f"server-{number}.log", f"server {number}"))

@@ -18,7 +18,7 @@ from jaxrft.config import ConfigError
 from jaxrft.rollout.errors import EngineError
 from jaxrft.rollout.server_side.jaxrft_watch import start_time
 from jaxrft.rollout.vllm import process, server
-from jaxrft.rollout.vllm.options import ServerOptions
+from jaxrft.rollout.vllm.options import ServerOptions, cpu_cores
 from jaxrft.rollout.vllm.process import ServerProcess, check_free, free_port, reason_in
 from jaxrft.rollout.vllm.server import Server
 from tests.rollout.fake_server import worker
@@ -126,7 +126,7 @@ def test_a_server_ends_with_an_owner_that_just_ends(tmp_path, run_python):
     program.chmod(0o700)
     code = f"""
 from pathlib import Path
-from jaxrft.rollout.vllm.options import ServerOptions
+from jaxrft.rollout.vllm.options import ServerOptions, cpu_cores
 from jaxrft.rollout.vllm.process import ServerProcess, free_port
 options = ServerOptions(model=Path("."), python={str(program)!r}, port=free_port(), dtype="float32", max_length=8,
                         max_sequences=2, logprobs_mode="raw_logprobs", tokenizer=False)
@@ -366,7 +366,7 @@ def test_a_worker_that_fails(wire):
     wire.answers["/collective_rpc"] = httpx.Response(200, json={"results": [{}, {"error": "KeyError: 'x'"}]})
     with pytest.raises(EngineError, match=r"^server 0: load: KeyError: 'x'$"):
         talked.load({})
-    talked.release()
+    talked.release("trainer")
     wire.answers["/pause"] = httpx.Response(500, text="Internal Server Error")
     with pytest.raises(EngineError, match=r"^server 0: /pause failed \(500\): Internal Server Error$"):
         talked.begin()
@@ -386,3 +386,19 @@ def test_what_is_no_server_of_ours(wire, answer, error, message):
     wire.answers["/jaxrft/state"] = answer
     with pytest.raises(error, match=f"^server 0: {message}"):
         connected()
+
+
+@pytest.mark.parametrize(
+    ("server", "servers", "workers", "expected"),
+    [
+        (0, 1, 1, None),
+        (0, 2, 1, "3,4"),
+        (1, 2, 1, "5,6"),
+        (0, 1, 2, "3,4|5,6"),
+        (1, 2, 2, "5|6"),
+        (4, 5, 1, "3"),
+    ],
+)
+def test_several_servers_on_a_cpu_have_cores_of_their_own(monkeypatch, server, servers, workers, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {6, 4, 3, 5})
+    assert cpu_cores(server, servers, workers) == expected

@@ -375,7 +375,7 @@ def put(memory, slot, named):
         file.write(packed.tobytes())
     firsts = np.cumsum([0, *(value.size for value in named.values())])
     tensors = [[name, list(value.shape), int(first)] for (name, value), first in zip(named.items(), firsts)]
-    described = {"slot": slot, "bytes": packed.nbytes, "dtype": "float32", "tensors": tensors}
+    described = {"sender": "trainer", "slot": slot, "bytes": packed.nbytes, "dtype": "float32", "tensors": tensors}
     return described | {"checksum": zlib.crc32(packed.tobytes())}
 
 
@@ -385,7 +385,7 @@ def random_tensors(seed):
 
 
 def opened(worker, memory):
-    described = {"kind": "shared_memory", "path": str(memory), "slot_bytes": SLOT}
+    described = {"sender": "trainer", "kind": "shared_memory", "path": str(memory), "slot_bytes": SLOT}
     assert worker.jaxrft_open(json.dumps(described)) == {}
 
 
@@ -479,9 +479,20 @@ def test_what_is_raised_is_answered(worker, memory, reload):
     assert worker.jaxrft_load(json.dumps(bucket)) == {"error": "KeyError: 'unknown'"}
     too_long = put(memory, 1, {"norm": np.zeros(6, np.float32)}) | {"bytes": 10 * SLOT}
     assert "error" in worker.jaxrft_load(json.dumps(too_long))
-    assert worker.jaxrft_close() == {}
-    assert worker.jaxrft_close() == {}
+    assert worker.jaxrft_close('"trainer"') == {}
+    assert worker.jaxrft_close('"trainer"') == {}
     assert "error" in worker.jaxrft_load(json.dumps(bucket))
+
+
+def test_one_sender_at_a_time(worker, memory, reload):
+    """Another's buckets are refused, and its end is not this one's."""
+    opened(worker, memory)
+    worker.jaxrft_begin()
+    bucket = put(memory, 0, {"norm": random_tensors(0)["norm"]})
+    refused = worker.jaxrft_load(json.dumps(bucket | {"sender": "another"}))
+    assert refused == {"error": "another trainer sends weights to this server: one at a time"}
+    assert worker.jaxrft_close('"another"') == {}
+    assert worker.jaxrft_load(json.dumps(bucket)) == {"tensors": 1}
 
 
 def test_check_answers_for_the_model(worker, monkeypatch):

@@ -292,7 +292,7 @@ class Receiver:
         self.step("finish")
         self.finished = (tensors, version)
 
-    def release(self):
+    def release(self, sender):
         self.log.append(f"{self.name} release")
 
 

@@ -98,7 +98,10 @@ def test_two_servers_at_once(tmp_path):
         for server in engine._servers:
             server.generate = _counted(server, served)
         warm = SamplingParams(temperature=0.7, max_tokens=10, seed=1)
+        engine.generate(asked, dataclasses.replace(warm, seed=2))
+        served |= dict.fromkeys(served, 0)
         completions = engine.generate(asked, warm)
+        assert sum(served.values()) == 64
         assert min(served.values()) >= 16
         assert {c.versions for c in completions} == {((0, 7),)}
         assert _gap(model, asked, completions, 0.7) < 1e-4
@@ -159,7 +162,8 @@ def test_no_server_outlives_its_trainer(tmp_path, ends):
         "num_generations=4", "per_device_train_batch_size=8", "max_prompt_length=8", "max_completion_length=8",
         "rollout.engine=vllm", f"rollout.vllm.python={vllm_python()}", "tracking.progress=false",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "jaxrft.train", str(ROOT / "configs" / "jsonl.yaml"), *arguments]
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
+    command = [sys.executable, "-m", "jaxrft.train", str(tmp_path / "run.yaml"), *arguments]
     with (tmp_path / "printed").open("wb") as file:
         trainer = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
     try:

@@ -14,7 +14,9 @@ import secrets
 from typing import Any
 
 PROTOCOL = 1
-GENERATING = ("/inference", "/v1/completions", "/v1/chat", "/v1/responses", "/v1/messages", "/generate", "/invocations")
+GENERATING = ("/inference", "/v1/", "/v2/", "/cohere", "/generat", "/invocations", "/score", "/rerank", "/pooling")
+# These only say what is served.
+TELLING = ("/v1/models",)
 # Of the weights at the start and at the end of a request.
 VERSION_HEADERS = (b"x-jaxrft-version-before", b"x-jaxrft-version")
 
@@ -42,7 +44,7 @@ class Guard:
             await _answer(send, 401, {"error": "Unauthorized: the API key is missing or wrong"})
         elif scope["path"] == "/jaxrft/state":
             await self._state(scope, receive, send)
-        elif scope["path"].startswith(GENERATING) and self._status != "ready":
+        elif self._status != "ready" and scope["path"].startswith(GENERATING) and scope["path"] not in TELLING:
             why = {"empty": "no weights have come yet", "loading": "a transfer of weights has not been completed"}
             await _answer(send, 503, {"error": f"refused: {why[self._status]}"})
         else:

@@ -169,7 +169,7 @@ class VLLMEngine:
                 known = wire.knows_logprobs(self._wire.mode, sampling)
                 completions += [wire.unfinished(self.version or 0, known)] * n
             else:
-                completions += self._wire.completions(answer, sampling)
+                completions += self._wire.completions(answer, n, sampling)
         return completions
 
     def _in_two(

@@ -17,7 +17,7 @@ from jaxrft.config import ConfigError, RLConfig
 from jaxrft.models.decoder import Decoder
 from jaxrft.rollout.vllm import wire
 from jaxrft.rollout.vllm.engine import VLLMEngine
-from jaxrft.rollout.vllm.options import ServerOptions, write_model_folder
+from jaxrft.rollout.vllm.options import ServerOptions, cpu_cores, write_model_folder
 from jaxrft.rollout.vllm.process import ServerProcess, free_port
 from jaxrft.rollout.vllm.server import TESTED_VERSIONS, Server
 
@@ -134,6 +134,7 @@ def server_options(config: RLConfig, folder: Path, tokenizer: bool, number: int)
         devices=None if devices is None else tuple(devices[number * share : (number + 1) * share]),
         gpu_memory=settings.gpu_memory,
         cpu_cache_gib=settings.cpu_cache_gib,
+        cpu_cores=None if on_gpu else cpu_cores(number, settings.servers, share),
         sleep=shares if settings.sleep is None else settings.sleep,
         eager=settings.eager,
         more=tuple(settings.arguments),

@@ -33,6 +33,7 @@ class ServerOptions:
         devices: GPUs, as CUDA_VISIBLE_DEVICES names them; None: those that this process sees.
         gpu_memory: share of a GPU's memory.
         cpu_cache_gib: GiB of its caches, on a CPU.
+        cpu_cores: of each of its workers there, as VLLM_CPU_OMP_THREADS_BIND takes them; None: vLLM chooses.
         sleep: whether it can give its memory back.
         eager: no graphs are captured or compiled.
         more: further options of vLLM's.
@@ -51,6 +52,7 @@ class ServerOptions:
     devices: tuple[str, ...] | None = None
     gpu_memory: float = 0.5
     cpu_cache_gib: int = 1
+    cpu_cores: str | None = None
     sleep: bool = False
     eager: bool = False
     more: tuple[str, ...] = ()
@@ -91,9 +93,31 @@ class ServerOptions:
         kept |= {"VLLM_API_KEY": self.key, "VLLM_CPU_KVCACHE_SPACE": str(self.cpu_cache_gib)}
         # All it reads lies in the folder; nothing is looked up or reported elsewhere.
         kept |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        if self.cpu_cores is not None:
+            kept.setdefault("VLLM_CPU_OMP_THREADS_BIND", self.cpu_cores)
         if self.devices is not None:
             kept["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices)
         return kept
+
+
+def cpu_cores(server: int, servers: int, workers: int) -> str | None:
+    """Cores of a server's workers where several share the machine: left alone, vLLM gives all of them the same ones.
+
+    Args:
+        server: which one.
+        servers: that there are.
+        workers: of each server.
+
+    Returns:
+        None for a single worker, which has the machine to itself.
+    """
+    together = servers * workers
+    if together == 1:
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(len(cores) // together, 1)
+    firsts = [worker * each % len(cores) for worker in range(server * workers, (server + 1) * workers)]
+    return "|".join(",".join(map(str, cores[first : first + each])) for first in firsts)
 
 
 def write_model_folder(folder: Path, model: Decoder, tokenizer: Any, dtype: str) -> None:

@@ -69,6 +69,8 @@ class Wire:
             # They are among the stop tokens, where they count. (vLLM forbids them before min_tokens even where not.)
             "ignore_eos": True,
             "logprobs": 0,
+            # vLLM's number for 'only the end'. Older servers would else leave out completions that ended early.
+            "output_kind": 2,
             "detokenize": reads_text,
         }
         if sampling.temperature > 0:
@@ -78,9 +80,15 @@ class Wire:
             params |= {"include_stop_str_in_output": True}
         return {"token_ids": [int(token) for token in prompt_ids], "sampling_params": params}
 
-    def completions(self, answer: dict[str, Any], sampling: SamplingParams) -> list[Completion]:
-        """The completions of an answer, in order."""
+    def completions(self, answer: dict[str, Any], n: int, sampling: SamplingParams) -> list[Completion]:
+        """The completions of an answer to a request for ``n``, in order.
+
+        Raises:
+            EngineError: it holds another number of them, or lacks what a completion needs.
+        """
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(n)):
+            raise EngineError(f"the server gave {len(choices)} completions of {n}: update vLLM")
         return [self._completion(choice, answer["versions"], sampling) for choice in choices]
 
     def _completion(self, choice: dict[str, Any], versions: Sequence[str], sampling: SamplingParams) -> Completion:
