@@ -11,6 +11,7 @@ import pytest
 
 from jaxrft.tracking import read_metrics
 from jaxrft.training.summary import held_out_by_stage
+from tests.rollout.servers import vllm_python
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -27,10 +28,10 @@ def shuffled(**columns):
 """
 
 
-def run(run_python, *overrides: str) -> str:
+def run(run_python, *overrides: str, timeout: float = 1500) -> str:
     arguments = [str(QUICKSTART), *overrides]
     code = f"import sys; from jaxrft.train import main; sys.exit(main({arguments!r}))"
-    return run_python(code, timeout=1500).stdout
+    return run_python(code, timeout=timeout).stdout
 
 
 def stages(folder: Path) -> dict[str, float]:
@@ -62,6 +63,16 @@ def test_the_quickstart_learns(run_python, tmp_path):
 def test_the_quickstart_learns_from_other_seeds(run_python, tmp_path, seed):
     run(run_python, f"output_dir={tmp_path}/run", f"seed={seed}")
     check_learned(tmp_path / "run")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_the_quickstart_learns_on_a_vllm_server(run_python, tmp_path):
+    """The same accuracy as with the native engine, from completions that a real server drew."""
+    engine = ["rollout.engine=vllm", f"rollout.vllm.python={vllm_python()}"]
+    printed = run(run_python, f"output_dir={tmp_path}/run", *engine, timeout=3500)
+    check_learned(tmp_path / "run")
+    assert "parity: engine and trainer agree within" in printed
 
 
 @pytest.mark.soak

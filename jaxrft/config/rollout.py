@@ -45,7 +45,11 @@ class VLLMConfig(Section):
         "How weights get to the servers: memory of the GPU that both use (cuda_ipc), of the machine (shared_memory), "
         "or from GPU to GPU (nccl). auto: the fastest that reaches them.",
     )
-    bucket_mib: int = option(256, "MiB of weights that travel together; twice as much memory is taken.", minimum=1)
+    bucket_mib: int = option(
+        256,
+        "MiB of weights that travel together. Two such buckets are in memory at the trainer, one at each worker.",
+        minimum=1,
+    )
     checksum: bool = option(False, "Check every bucket of weights on arrival. Slow on a GPU.")
     startup_seconds: float = option(900.0, "Time a server may take to start.", above=0)
     request_seconds: float = option(1800.0, "Time a request may take: all completions of one prompt.", above=0)

@@ -111,7 +111,7 @@ class Learner:
 
     def prepare(self, samples: Sequence[Sample], *, score_old: bool) -> TrainBatch:
         """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for."""
-        batch = self._place(self._batch(samples))
+        batch = self._place(make_rows(self.config, samples))
         if score_old:
             old = self._score(self.state.params, batch)
             batch = dataclasses.replace(batch, old_logprobs=old, use_old=jnp.ones_like(batch.use_old))
@@ -122,7 +122,7 @@ class Learner:
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """The present policy's log-probability of each response token, float32 [tokens] a sample."""
         filled = [*samples, *[samples[-1]] * (-len(samples) % self.config.parallel.data_devices)]
-        batch = self._place(self._padded(filled, len(filled)))
+        batch = self._place(padded_rows(self.config, filled, len(filled)))
         rows = in_list_order(batch, self._score(self.state.params, batch))
         return [np.asarray(row[: len(sample.response_ids)]) for row, sample in zip(rows, samples)]
 
@@ -148,34 +148,35 @@ class Learner:
                 audit.check_ratio(values["ratio/deviation_mean"], values["ratio/deviation_max"])
             yield values
 
-    def _batch(self, samples: Sequence[Sample]) -> TrainBatch:
-        """Padded or packed, as the config says; on the host."""
-        config, devices = self.config, self.config.parallel.data_devices
-        micro = config.per_device_train_batch_size * devices
-        if not config.batching.pack:
-            return self._padded(samples, micro)
-        multiple = config.parallel.sequence
-        longest = longest_bucket(samples, multiple)
-        time = config.batching.row_length or longest
-        time += -time % multiple
-        tokens = config.batching.tokens_per_device or config.per_device_train_batch_size * longest
-        steps = len(samples) // (micro * config.gradient_accumulation_steps)
-        rows = max(1, tokens // time) * devices
-        return pack_batch(samples, rows, time, steps=steps, devices=devices, **self._scoring)
-
-    def _padded(self, samples: Sequence[Sample], rows: int) -> TrainBatch:
-        """Micro-batches of so many rows, each one sample."""
-        return make_batch(samples, rows, multiple=self.config.parallel.sequence, **self._scoring)
-
-    @property
-    def _scoring(self) -> dict[str, Any]:
-        """How log-probabilities are taken."""
-        return {
-            "temperature": self.config.temperature,
-            "first_token_temperature": self.config.rollout.first_token_temperature,
-            # Where the time axis is shared out, picking places along it would gather all hidden states.
-            "pick": self.config.parallel.sequence == 1,
-        }
-
     def _place(self, batch: TrainBatch) -> TrainBatch:
         return jax.device_put(batch, batch_shardings(batch, self.layout))
+
+
+def make_rows(config: RLConfig, samples: Sequence[Sample]) -> TrainBatch:
+    """Micro-batches, padded or packed as the config says; on the host."""
+    devices, multiple = config.parallel.data_devices, config.parallel.sequence
+    micro = config.per_device_train_batch_size * devices
+    if not config.batching.pack:
+        return padded_rows(config, samples, micro)
+    longest = longest_bucket(samples, multiple)
+    time = config.batching.row_length or longest
+    time += -time % multiple
+    tokens = config.batching.tokens_per_device or config.per_device_train_batch_size * longest
+    steps = len(samples) // (micro * config.gradient_accumulation_steps)
+    rows = max(1, tokens // time) * devices
+    return pack_batch(samples, rows, time, steps=steps, devices=devices, **_scoring(config))
+
+
+def padded_rows(config: RLConfig, samples: Sequence[Sample], rows: int) -> TrainBatch:
+    """Micro-batches of so many rows, each one sample; on the host."""
+    return make_batch(samples, rows, multiple=config.parallel.sequence, **_scoring(config))
+
+
+def _scoring(config: RLConfig) -> dict[str, Any]:
+    """How log-probabilities are taken."""
+    return {
+        "temperature": config.temperature,
+        "first_token_temperature": config.rollout.first_token_temperature,
+        # Where the time axis is shared out, picking places along it would gather all hidden states.
+        "pick": config.parallel.sequence == 1,
+    }

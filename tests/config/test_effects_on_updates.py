@@ -118,9 +118,7 @@ def test_packing(values, expected):
     })  # fmt: skip
     short = [Sample(prompt_ids=[1] * 3, response_ids=[2] * 2, logprobs=np.zeros(2))] * 15
     long = Sample(prompt_ids=[1] * 9, response_ids=[2] * 4, logprobs=np.zeros(4))
-    of_config = object.__new__(learner.Learner)
-    of_config.config = config
-    batch = of_config._batch([*short, long])
+    batch = learner.make_rows(config, [*short, long])
     assert batch.tokens.shape == expected
     assert batch.lengths.sum() == 88
 

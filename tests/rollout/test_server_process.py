@@ -126,7 +126,7 @@ def test_a_server_ends_with_an_owner_that_just_ends(tmp_path, run_python):
     program.chmod(0o700)
     code = f"""
 from pathlib import Path
-from jaxrft.rollout.vllm.options import ServerOptions, cpu_cores
+from jaxrft.rollout.vllm.options import ServerOptions
 from jaxrft.rollout.vllm.process import ServerProcess, free_port
 options = ServerOptions(model=Path("."), python={str(program)!r}, port=free_port(), dtype="float32", max_length=8,
                         max_sequences=2, logprobs_mode="raw_logprobs", tokenizer=False)

@@ -178,7 +178,7 @@ def test_no_server_outlives_its_trainer(tmp_path, ends):
         code = trainer.wait(180)
     finally:
         trainer.kill()
-    assert code == {"SIGKILL": -9, "SIGINT": 130, "exception": 1}[ends], (tmp_path / "printed").read_text()
+    assert code == {"SIGKILL": -9, "SIGINT": 130, "exception": 2}[ends], (tmp_path / "printed").read_text()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (left := _members(groups[0])):
         time.sleep(0.5)

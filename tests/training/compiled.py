@@ -5,7 +5,6 @@ State is abstract and nothing of it is allocated: a model may be larger than the
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,8 +18,8 @@ from jaxrft.models.spec import DecoderSpec
 from jaxrft.models.stack import Remat
 from jaxrft.parallel import Layout
 from jaxrft.training import parts
-from jaxrft.training.batch import Sample, select_step
-from jaxrft.training.learner import UNBOUNDED, Learner
+from jaxrft.training.batch import Sample, batch_shardings, select_step
+from jaxrft.training.learner import UNBOUNDED, make_rows
 from jaxrft.training.optimizer import adamw, schedule
 from jaxrft.training.state import Placement, init_state
 from jaxrft.training.step import make_train_step
@@ -66,8 +65,8 @@ def _placed(tree: Any, shardings: Any) -> Any:
 def _batch(config: RLConfig, layout: Layout) -> Any:
     prompt, response = config.max_prompt_length, config.max_completion_length
     sample = Sample(prompt_ids=[1] * prompt, response_ids=[1] * response, logprobs=np.zeros(response))
-    learner: Any = SimpleNamespace(config=config, layout=layout)
-    batch = Learner._place(learner, Learner._batch(learner, [sample] * config.rollout_samples))
+    rows = make_rows(config, [sample] * config.rollout_samples)
+    batch = jax.device_put(rows, batch_shardings(rows, layout))
     steps = config.micro_batches // config.gradient_accumulation_steps
     batch = batch if steps == 1 else select_step(batch, 0, steps)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), batch)

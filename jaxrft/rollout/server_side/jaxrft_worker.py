@@ -149,8 +149,11 @@ class WeightReceiver:
             if found != described["checksum"]:
                 return {"error": f"the bucket has checksum {found} here, {described['checksum']} at the trainer"}
         values = data.view(getattr(torch, described["dtype"]))
+        # Copies: vLLM keeps what it is given until it has all of a layer, where that is padded until the very end, and
+        # the slot is written again before.
         weights = [
-            (name, values[first : first + _elements(shape)].view(shape)) for name, shape, first in described["tensors"]
+            (name, values[first : first + _elements(shape)].clone().view(shape))
+            for name, shape, first in described["tensors"]
         ]
         with torch.no_grad():
             self.model_runner.model.load_weights(weights)

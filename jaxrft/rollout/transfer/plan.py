@@ -75,8 +75,8 @@ def make_entries(
 def make_buckets(entries: Sequence[Entry], limit: int) -> list[Bucket]:
     """Buckets of at most ``limit`` elements; one holds more only where a single unit does.
 
-    A unit is what a server may join into one tensor (queries, keys and values; gate and up): it reads all of them
-    before it lets go of the bucket's memory, so that they must lie in the same one.
+    A unit is what a server may join into one tensor (queries, keys and values; gate and up): it holds on to the first
+    of them until the last has come, so that it needs least memory where they come together.
     """
     buckets: list[list[Entry]] = []
     size = 0
