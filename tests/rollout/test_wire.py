@@ -328,7 +328,7 @@ def test_abort(engine, server):
 
     server_aborted = threading.Event()
     server.generate, server.abort = slow, server_aborted.set
-    engine._max_sequences = 3
+    engine._generation._max_sequences = 3
     aborting = threading.Thread(target=lambda: (started.wait(20), engine.abort()))
     aborting.start()
     completions = engine.generate(REQUESTS, SamplingParams(max_tokens=4))
@@ -414,6 +414,8 @@ def test_nothing_is_generated_without_whole_weights(server):
         assert len(looked) == 3
         engine.update_weights(params_of(random_model()), 3)
         assert engine.generate(REQUESTS, sampling)[0].versions == ((0, 3),)
+        # After each failure the memory is opened anew: the server may have been started again.
+        assert server.calls.count("open") == 4
 
 
 def test_a_transport_that_cannot_be_opened_is_tried_anew(server):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -24,9 +23,9 @@ from jaxrft.rollout.transfer.choice import choose, gpus_of, make_transport
 from jaxrft.rollout.transfer.export import Exporter
 from jaxrft.rollout.transfer.plan import make_buckets, make_entries
 from jaxrft.rollout.transfer.send import Report, Sender
-from jaxrft.rollout.vllm import wire
-from jaxrft.rollout.vllm.dispatch import Dispatcher
+from jaxrft.rollout.vllm.generation import Generation
 from jaxrft.rollout.vllm.server import Server
+from jaxrft.rollout.vllm.wire import Wire
 
 TAGS = ("weights", "kv_cache")
 EMBEDDING = ("embed", "embedding")
@@ -76,11 +75,10 @@ class VLLMEngine:
         self._servers, self._model_spec, self._tokenizer = list(servers), model.spec, tokenizer
         self._tensors, self._tied = tensor_table(model), model.spec.tie_embeddings
         self._shapes = {path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-        self._max_length, self._max_sequences = max_length, max_sequences
+        self._max_length = max_length
         self._transport, self._bucket_bytes, self._checksum = transport, bucket_bytes, checksum
         self._on_failure, self._on_close = on_failure, on_close
         self._closed, self._asleep = False, set[str]()
-        self._dispatcher: Dispatcher | None = None
         self._sender: Sender | None = None
         self._ready = False
         self.version: int | None = None
@@ -90,13 +88,15 @@ class VLLMEngine:
         for server in self._servers:
             _check_serves(server.name, server.workers[0], max_length)
         self.dtype: str = worker["dtype"]
-        self._wire = wire.Wire(
+        spoken = Wire(
             mode=worker["logprobs_mode"],
             eos_ids=() if eos is None else (int(eos),),
             max_length=max_length,
             decode=None if tokenizer is None else self._text,
             reads_text=worker["tokenizer"],
         )
+        self._eos_ids = spoken.eos_ids
+        self._generation = Generation(self._servers, spoken, max_sequences)
 
     # ------------------------------------------------------------------ generation
 
@@ -124,95 +124,19 @@ class VLLMEngine:
         """
         self._refuse_unready()
         check_requests(requests, max_length=self._max_length, vocab_size=self._model_spec.vocab_size)
-        stop_ids = stop_token_ids(sampling, self._wire.eos_ids)
+        stop_ids = stop_token_ids(sampling, self._eos_ids)
         has_tokenizer = self._tokenizer is not None
         check_stops(sampling, stop_ids, vocab_size=self._model_spec.vocab_size, has_tokenizer=has_tokenizer)
         if max(sampling.temperature, sampling.first_token_temperature or 0.0) > VLLM_MAX_TEMPERATURE:
             raise ConfigError(f"temperature: vLLM takes at most {VLLM_MAX_TEMPERATURE:g}")
         if not requests:
             return []
-        if sampling.first_token_temperature is not None:
-            return self._in_two(requests, sampling, on_progress or _nothing)
-        jobs = [(r.prompt_ids, r.n, wire.request_seed(sampling, r, i)) for i, r in enumerate(requests)]
-        return self._answer(jobs, sampling, on_progress or _nothing)
+        with self._explained():
+            return self._generation.complete(requests, sampling, on_progress or _nothing, self.version or 0)
 
     def abort(self) -> None:
         """Ends a :meth:`generate` that runs in another thread: it returns what there is, marked ``abort``."""
-        if self._dispatcher is not None:
-            self._dispatcher.abort()
-
-    def _answer(
-        self,
-        jobs: Sequence[tuple[Sequence[int], int, int]],
-        sampling: SamplingParams,
-        on_progress: Callable[[int, int], None],
-    ) -> list[Completion]:
-        """Completions of (prompt, number, seed)."""
-        total, done = sum(n for _, n, _ in jobs), 0
-
-        def answered(place: int) -> None:
-            nonlocal done
-            done += jobs[place][1]
-            on_progress(done, total)
-
-        largest = max(n for _, n, _ in jobs)
-        self._dispatcher = Dispatcher(self._servers, max(1, self._max_sequences // largest))
-        payloads = [self._wire.payload(prompt, n, seed, sampling) for prompt, n, seed in jobs]
-        try:
-            with self._explained():
-                answers = self._dispatcher.run(payloads, answered, lambda: on_progress(done, total))
-        finally:
-            self._dispatcher = None
-        completions = []
-        for (_, n, _), answer in zip(jobs, answers):
-            if answer is None:
-                known = wire.knows_logprobs(self._wire.mode, sampling)
-                completions += [wire.unfinished(self.version or 0, known)] * n
-            else:
-                completions += self._wire.completions(answer, n, sampling)
-        return completions
-
-    def _in_two(
-        self, requests: Sequence[Request], sampling: SamplingParams, on_progress: Callable[[int, int], None]
-    ) -> list[Completion]:
-        """First tokens at their own temperature, then the rest of each completion (FIRE sampling)."""
-        assert sampling.first_token_temperature is not None
-        first_sampling = dataclasses.replace(
-            sampling,
-            temperature=sampling.first_token_temperature,
-            first_token_temperature=None,
-            max_tokens=1,
-            min_tokens=min(sampling.min_tokens, 1),
-        )
-        rest_sampling = dataclasses.replace(
-            sampling,
-            first_token_temperature=None,
-            max_tokens=max(sampling.max_tokens - 1, 1),
-            min_tokens=max(sampling.min_tokens - 1, 0),
-        )
-        jobs = [(r.prompt_ids, r.n, wire.request_seed(sampling, r, i, 0)) for i, r in enumerate(requests)]
-        completions = self._answer(jobs, first_sampling, lambda done, total: on_progress(0, total))
-        origins = [(i, member) for i, r in enumerate(requests) for member in range(r.n)]
-        going = [
-            place
-            for place, (first, (i, _)) in enumerate(zip(completions, origins))
-            if first.finish_reason == "length"
-            and sampling.max_tokens > 1
-            and len(requests[i].prompt_ids) + 1 < self._max_length
-        ]
-        if not going:
-            return completions
-        over, total = len(completions) - len(going), len(completions)
-        rest_jobs = []
-        for place in going:
-            i, member = origins[place]
-            prompt = [*requests[i].prompt_ids, *completions[place].token_ids]
-            rest_jobs.append((prompt, 1, wire.request_seed(sampling, requests[i], i, 1, member)))
-        rests = self._answer(rest_jobs, rest_sampling, lambda done, _: on_progress(over + done, total))
-        for place, rest in zip(going, rests):
-            both = wire.joined(completions[place], rest)
-            completions[place] = wire.cut_at_stop(both, sampling, self._wire.decode)
-        return completions
+        self._generation.abort()
 
     # ------------------------------------------------------------------ weights
 
@@ -235,7 +159,13 @@ class VLLMEngine:
                 self._wake("weights")
             if self._sender is None:
                 self._sender = self._make_sender(values)
-            self.last_transfer = self._sender.send(values, version)
+            try:
+                self.last_transfer = self._sender.send(values, version)
+            except BaseException:
+                # The next one begins anew: a server that was started again has nothing open.
+                sender, self._sender = self._sender, None
+                sender.close()
+                raise
         self.version, self._ready = version, True
 
     @property
