@@ -15,7 +15,8 @@ import step_torch
 
 from jaxrft import models
 from jaxrft.config import ConfigError, RLConfig
-from jaxrft.config.rooms import BatchingConfig, MemoryConfig, ModelConfig, ParallelConfig, RolloutConfig
+from jaxrft.config.rollout import RolloutConfig
+from jaxrft.config.rooms import BatchingConfig, MemoryConfig, ModelConfig, ParallelConfig
 from jaxrft.parallel.description import GIB
 from jaxrft.training.learner import UNBOUNDED, Learner
 from jaxrft.training.parts import build_layout, build_model, build_recipe

@@ -21,6 +21,11 @@ make_vllm_environment() {
     [ "${2:-}" = --existing ] && return 1
     found=$(find_python) || return 1
     log=$folder/install.log
+    mkdir -p "$(dirname "$folder")"
+    # One clone of the repository at a time: they share the folder.
+    exec 9>"$folder.lock"
+    if command -v flock >/dev/null; then flock 9; fi
+    [ -f "$stamp" ] && vllm=$folder/bin/python && return
     echo "making $folder: vLLM $version for the CPU (some minutes, 3 to 6 GB; log in $log)" >&2
     "$found" -m venv --clear "$folder" || return 1
     # Without its own choice of torch and torchvision: pip may take builds of theirs that do not go together.

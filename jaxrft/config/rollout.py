@@ -9,6 +9,13 @@ from jaxrft.config.base import ConfigError, Section, option
 
 # vLLM's own bound.
 VLLM_MAX_TEMPERATURE = 2.0
+# Options of its server that a run sets, or that would take weights or requests elsewhere.
+OPTIONS_OF_A_RUN = frozenset([
+    "api-key", "api-server-count", "data-parallel-size", "dtype", "enable-sleep-mode", "enforce-eager",
+    "generation-config", "gpu-memory-utilization", "host", "load-format", "logprobs-mode", "max-model-len",
+    "max-num-seqs", "middleware", "model", "pipeline-parallel-size", "port", "served-model-name",
+    "skip-tokenizer-init", "tensor-parallel-size", "worker-extension-cls",
+])  # fmt: skip
 LAST_PORT = 65535
 
 
@@ -35,8 +42,10 @@ class VLLMConfig(Section):
     )  # fmt: skip
     gpu_memory: float = option(0.5, "Share of a GPU's memory that a server takes.", above=0, below=1)
     cpu_cache_gib: int = option(1, "GiB of a server's caches, on a CPU.", minimum=1)
-    sleep: bool | None = option(
-        None, "Give the servers' memory to training while it runs. None: where they share the trainer's GPUs."
+    sleep: bool = option(
+        False,
+        "Have the servers give their GPUs' memory back while training runs. JAX can use it only where its allocator "
+        "returns memory too (XLA_PYTHON_CLIENT_ALLOCATOR), which it does not by default.",
     )
     eager: bool = option(False, "Run without captured graphs: starts faster, generates slower. A CPU always does.")
     arguments: list[str] = option(factory=list, help="Further options of vLLM's server, such as [--block-size, '32'].")
@@ -51,10 +60,18 @@ class VLLMConfig(Section):
         minimum=1,
     )
     checksum: bool = option(False, "Check every bucket of weights on arrival. Slow on a GPU.")
+    request_seeds: bool = option(
+        True,
+        "Draw each completion with a seed of its own, so that it does not depend on the others. On a GPU vLLM draws "
+        "tokens faster without.",
+    )
     startup_seconds: float = option(900.0, "Time a server may take to start.", above=0)
     request_seconds: float = option(1800.0, "Time a request may take: all completions of one prompt.", above=0)
 
     def check(self) -> None:
+        given = {word.partition("=")[0].lstrip("-").replace("_", "-") for word in self.arguments if word[:2] == "--"}
+        if fixed := sorted(given & OPTIONS_OF_A_RUN):
+            raise ConfigError(f"arguments: --{fixed[0]} follows from the run's other settings: remove it")
         if self.urls:
             defaults = {f.name: f.default for f in dataclasses.fields(self)}
             started = (

@@ -54,7 +54,7 @@ class Cycle:
             self.trainer.take_back()
             updates, advantages, tokens = self._train(number, drawn, baseline, left, progress)
             self.trainer.hand_over()
-        self._run.check_parity()
+        self._run.check_parity(woken=self.trainer.engine.sleeps)
         self._run.record["rollouts"] = number + 1
         self._run.record["prompts"] += drawn.prompts
         self._run.record["num_tokens"] += tokens

@@ -49,7 +49,7 @@ class TrainingRun:
         self.credit = Credit(trainer.recipe, trainer.rewards.weights, self.config.max_completion_length)
         self._stack = contextlib.ExitStack()
         self._answers: RolloutBatch | None = None
-        self._compared = False
+        self._compared: set[bool] = set()
 
     # ------------------------------------------------------------------ opening and closing
 
@@ -151,19 +151,22 @@ class TrainingRun:
             keep_reference(self.learner, self.folder)
         self.record["started"] = True
 
-    def check_parity(self) -> None:
+    def check_parity(self, woken: bool = False) -> None:
         """Compares engine and trainer on fixed prompts, where that is due.
+
+        Args:
+            woken: whether weights have come to an engine that had let go of its memory: another way than the first.
 
         Raises:
             ParityError: they differ.
         """
         wanted = self.config.rollout.parity
-        if self.trainer.engine.keeps_params or wanted == "never" or (wanted == "first" and self._compared):
+        if self.trainer.engine.keeps_params or wanted == "never" or (wanted == "first" and woken in self._compared):
             return
         gap = self.trainer.check_parity()
-        if not self._compared:
+        if woken not in self._compared:
             self.tracker.message(f"parity: engine and trainer agree within {gap:.1e} nats on fixed prompts")
-        self._compared = True
+        self._compared.add(woken)
 
     def _boundary(self) -> None:
         """Between two rollouts: the place where a run is whole, can be evaluated, saved and left."""

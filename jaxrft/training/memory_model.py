@@ -112,8 +112,11 @@ def rollout_items(sizes: Sizes) -> Items:
     """What the engine holds beside the state while it generates."""
     config, spec, mesh = sizes.config, sizes.spec, sizes.layout.mesh.shape
     if config.rollout.engine == "vllm":
-        # A server's memory is its own; a bucket is packed while the one before it is read.
-        return {"weights on their way": 2 * min(config.rollout.vllm.bucket_mib * 2**20, sizes.whole.param_bytes)}
+        # A server's memory is its own; a bucket is packed while the one before it is read. It is no smaller than the
+        # largest part of a layer.
+        unit = spec.hidden_size * max(spec.vocab_size, 3 * spec.intermediate_size) * sizes.itemsize
+        bucket = min(config.rollout.vllm.bucket_mib * 2**20, sizes.whole.param_bytes)
+        return {"weights on their way": 2 * max(bucket, unit)}
     devices = mesh["replica"] * mesh["fsdp"] * mesh["sequence"]
     slots = max(min(config.rollout.max_slots, config.rollout_samples) / devices, 1)
     kv_heads = spec.num_kv_heads / (sizes.tensor if spec.num_kv_heads % sizes.tensor == 0 else 1)

@@ -93,9 +93,12 @@ class RLTrainer:
             with TrainingRun(self) as run:
                 return run.execute()
         finally:
-            # Where the engine is what failed, that is what the caller is told.
-            with contextlib.suppress(EngineError):
-                self.hand_over()
+            self.learner.publish()
+            stale = self.engine.version != self.learner.step
+            if self.engine.keeps_params or self.engine.sleeps or stale:
+                # Where the engine is what failed, that is what the caller is told.
+                with contextlib.suppress(EngineError):
+                    self.hand_over()
 
     def evaluate(self) -> dict[str, float]:
         """Answers every held-out prompt once (``num_generations_eval`` times) and scores the answers.
@@ -115,7 +118,7 @@ class RLTrainer:
         """The answers and scores behind :meth:`evaluate`."""
         if self.eval_prompts is None:
             raise ConfigError("data.eval: got None; name the held-out prompts, or give eval_dataset=...")
-        if self.engine.version is None:
+        if self.engine.version != self.learner.step:
             self.hand_over()
         sampling = evaluation_sampling(self.config)
         # Evaluation draws from seeds of its own, the same at every step.

@@ -1,6 +1,7 @@
 """What the fields of rollout.vllm change in the servers that are started, and in the engine that talks to them."""
 
 import json
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -82,28 +83,32 @@ def test_environment(tmp_path, monkeypatch):
 @pytest.fixture
 def four_gpus(monkeypatch):
     monkeypatch.setattr(launch.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(launch.jax, "local_device_count", lambda: 4)
+    devices = [SimpleNamespace(local_hardware_id=number) for number in range(4)]
+    monkeypatch.setattr(launch.jax, "local_devices", lambda: devices)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def shown(vllm, tmp_path, number, **top):
     config = from_dict({"rollout": {"engine": "vllm", "vllm": vllm}, **top})
     options = launch.server_options(config, tmp_path, False, number)
-    return options.environment().get("CUDA_VISIBLE_DEVICES"), options.sleep
+    return options.environment().get("CUDA_VISIBLE_DEVICES")
 
 
 def test_devices(tmp_path, four_gpus, monkeypatch):
-    """``devices``, ``servers`` and ``tensor_parallel`` share out GPUs; on the trainer's own ones servers ``sleep``."""
+    """``devices``, ``servers`` and ``tensor_parallel`` share out GPUs; shares of the trainer's own ones must fit."""
     apart = {"servers": 2, "tensor_parallel": 2, "devices": [7, 5, 6, 4]}
-    assert [shown(apart, tmp_path, number) for number in (0, 1)] == [("7,5", False), ("6,4", False)]
+    assert [shown(apart, tmp_path, number) for number in (0, 1)] == ["7,5", "6,4"]
     monkeypatch.setattr(launch.jax, "default_backend", lambda: "cpu")
-    assert shown({"devices": [3]}, tmp_path, 0) == ("3", False)
+    assert shown({"devices": [3]}, tmp_path, 0) == "3"
     monkeypatch.setattr(launch.jax, "default_backend", lambda: "gpu")
     shared = {"parallel": {"memory_fraction": 0.4}}
-    assert [shown({"servers": 2}, tmp_path, number, **shared) for number in (0, 1)] == [("0", True), ("1", True)]
-    assert shown({"sleep": False}, tmp_path, 0, **shared) == ("0", False)
+    assert [shown({"servers": 2}, tmp_path, number, **shared) for number in (0, 1)] == ["0", "1"]
+    with pytest.raises(ConfigError, match=r"^parallel\.memory_fraction: got None"):
+        shown({"devices": [3]}, tmp_path, 0)
+    with pytest.raises(ConfigError, match=r"^rollout\.vllm\.gpu_memory: 0\.6 .* and 0\.4 for the trainer"):
+        shown({"gpu_memory": 0.6}, tmp_path, 0, **shared)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,3,2,1")
-    assert shown({"tensor_parallel": 2}, tmp_path, 0, **shared) == ("GPU-abc,3", True)
+    assert shown({"tensor_parallel": 2}, tmp_path, 0, **shared) == "GPU-abc,3"
     with pytest.raises(ConfigError, match=r"^rollout\.vllm\.servers: 5 servers of 1 GPUs take more than the 4 that"):
         shown({"servers": 5}, tmp_path, 0, **shared)
     with pytest.raises(ConfigError, match=r"^parallel\.memory_fraction: got None, .* such as 0\.4 beside"):
@@ -140,7 +145,7 @@ def started(monkeypatch):
 
     def connect(url, key, name, request_seconds):
         seen.setdefault("servers", []).append((url, key, name, request_seconds))
-        return FakeServer(name)
+        return FakeServer(name, logprobs_mode="raw_logprobs")
 
     original = launch.VLLMEngine
 
@@ -191,6 +196,7 @@ def test_urls(started, tmp_path, monkeypatch):
         "transport": "shared_memory",
         "bucket_mib": 3,
         "checksum": True,
+        "request_seeds": False,
     }
     launch.engine_from(config_of(vllm, max_slots=9), random_model(), None, tmp_path, [].append)
     assert not FakeProcess.made
@@ -198,9 +204,15 @@ def test_urls(started, tmp_path, monkeypatch):
         ("http://127.0.0.1:1", "theirs", 12.5),
         ("https://other:2", "theirs", 12.5),
     ]
-    given = {name: started[name] for name in ("transport", "bucket_bytes", "checksum", "max_sequences", "max_length")}
+    given = {
+        name: started[name]
+        for name in ("transport", "bucket_bytes", "checksum", "max_sequences", "max_length", "seeds")
+    }
+    with pytest.raises(ConfigError, match="reports raw_logprobs, .* start it with --logprobs-mode processed_logprobs"):
+        launch.engine_from(config_of(vllm, first_token_temperature=0.5), random_model(), None, tmp_path, [].append)
     assert given == {
         "transport": "shared_memory", "bucket_bytes": 3 * 2**20, "checksum": True, "max_sequences": 9, "max_length": 64,
+        "seeds": False,
     }  # fmt: skip
 
 
@@ -220,11 +232,13 @@ REFUSED = [
         ({"vllm": {"urls": ["http://a:1"], name: value}}, rf"rollout\.vllm\.{name}: set with urls")
         for name, value in {
             "python": "python3", "servers": 2, "tensor_parallel": 2, "devices": [0], "port": 8000, "gpu_memory": 0.4,
-            "cpu_cache_gib": 2, "sleep": False, "eager": True, "arguments": ["--block-size", "32"],
+            "cpu_cache_gib": 2, "sleep": True, "eager": True, "arguments": ["--block-size", "32"],
         }.items()
     ),
     ({"vllm": {"urls": ["http://a:1", "http://a:1"]}}, r"rollout\.vllm\.urls: names a server twice"),
     ({"vllm": {"urls": ["127.0.0.1:8000"]}}, r"rollout\.vllm\.urls: got '127\.0\.0\.1:8000', takes addresses such as"),
+    ({"vllm": {"arguments": ["--dtype", "half"]}}, r"rollout\.vllm\.arguments: --dtype follows from the run's other"),
+    ({"vllm": {"arguments": ["--data_parallel_size=2"]}}, r"rollout\.vllm\.arguments: --data-parallel-size follows"),
     ({"vllm": {"devices": [0, 1]}}, r"rollout\.vllm\.devices: got \[0, 1\], takes 1 different numbers"),
     ({"vllm": {"devices": [1, 1], "servers": 2}}, r"rollout\.vllm\.devices: got \[1, 1\], takes 2 different numbers"),
     ({"vllm": {"devices": [-1]}}, r"rollout\.vllm\.devices: got \[-1\]"),

@@ -122,6 +122,7 @@ EFFECTS = {
     "rollout.vllm.transport": f"{SERVERS}::test_urls",
     "rollout.vllm.bucket_mib": f"{SERVERS}::test_urls",
     "rollout.vllm.checksum": f"{SERVERS}::test_urls",
+    "rollout.vllm.request_seeds": f"{SERVERS}::test_urls",
     "rollout.vllm.startup_seconds": f"{SERVERS}::test_startup_seconds",
     "rollout.vllm.request_seconds": f"{SERVERS}::test_urls",
     "parallel.strategy": f"{DEVICES}::LAYOUTS",

@@ -189,5 +189,5 @@ class FakeNccl(FakeLibrary):
         return 0
 
     @c(c_void_p)
-    def ncclCommDestroy(self, communicator):  # noqa: N802
+    def ncclCommAbort(self, communicator):  # noqa: N802
         return None if self.joined.pop(communicator, None) else INVALID

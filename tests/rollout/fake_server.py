@@ -35,7 +35,8 @@ def logprob(before: int, token: int, temperature: float) -> float:
 def worker(**changes: Any) -> dict[str, Any]:
     """What a worker on a CPU says of itself."""
     said: dict[str, Any] = {
-        "rank": 0, "host": socket.gethostname(), "device": "cpu", "dtype": "float32", "max_model_len": 64,
+        "rank": 0, "data_parallel": 1,
+        "host": socket.gethostname(), "device": "cpu", "dtype": "float32", "max_model_len": 64,
         "logprobs_mode": "processed_logprobs", "model_type": "qwen2", "sleep": False, "tied": False,
         "tokenizer": True,
     }  # fmt: skip

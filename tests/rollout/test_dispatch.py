@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from jaxrft.rollout.errors import EngineError
+from jaxrft.rollout.vllm import dispatch
 from jaxrft.rollout.vllm.dispatch import Dispatcher
 
 
@@ -103,18 +104,18 @@ def test_a_lost_connection_is_tried_again():
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "tries", "message"),
     [
-        (httpx.ConnectError("refused"), r"^server: the connection broke off twice \(ConnectError\): does it still run"),
-        (httpx.ReadTimeout("late"), r"^server: a request took longer than rollout\.vllm\.request_seconds; raise it"),
+        (httpx.ConnectError("refused"), 2, r"^server: the connection broke off twice \(ConnectError\): does it still"),
+        (httpx.ReadTimeout("late"), 1, r"^server: a request took longer than rollout\.vllm\.request_seconds; raise it"),
     ],
 )
-def test_a_request_that_fails_twice(error, message):
-    """Others that are under way are ended, what is waiting is not sent."""
+def test_a_request_that_fails(error, tries, message):
+    """Others that are under way are ended, what is waiting is not sent. What took too long would do so again."""
     server = Server(work=refusing(0, 2, error))
     with pytest.raises(EngineError, match=message):
         Dispatcher([server], 1).run(payloads(1))
-    assert server.tries == {0: 2}
+    assert server.tries == {0: tries}
     assert server.aborted.is_set()
 
 
@@ -163,9 +164,37 @@ def test_abort_from_another_thread():
     answers = dispatcher.run(payloads(6))
     aborting.join()
     assert [answer is None for answer in answers] == [False, False, True, True, True, True]
-    # It can be used again.
-    server._work = lambda payload, tries: None
-    assert None not in dispatcher.run(payloads(3))
+
+
+def test_a_request_that_slips_past_an_abort(monkeypatch):
+    """It was on its way when the server was told to end all: the server is told again; one that hangs is left alone."""
+    monkeypatch.setattr(dispatch, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(dispatch, "END_SECONDS", 1.0)
+    arrived, told, over = threading.Event(), [], threading.Event()
+
+    class Deaf(Server):
+        def abort(self):
+            told.append(time.monotonic())
+
+    def work(payload, tries):
+        arrived.set()
+        while len(told) < 3:
+            time.sleep(0.01)
+        if payload["number"] == 1:
+            over.wait(20)
+
+    dispatcher = Dispatcher([Deaf(work=work)], 2)
+    aborting = threading.Thread(target=lambda: (arrived.wait(20), dispatcher.abort()))
+    aborting.start()
+
+    def stop():
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        dispatcher.run(payloads(2), on_wait=stop)
+    aborting.join()
+    assert len(told) >= 3
+    over.set()
 
 
 def test_a_server_that_is_gone_cannot_be_told_to_end():

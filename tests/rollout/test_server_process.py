@@ -323,16 +323,35 @@ def test_a_transfer_step_by_step(wire):
         '/jaxrft/state {"status": "ready", "version": 8}',
     ]
     del wire.asked[:]
+    talked.abort()
+    assert wire.asked == ["/pause?mode=abort", "/resume"]
+
+
+def test_sleep_step_by_step(wire):
+    """Requests are let in when weights and caches are both there, and not before."""
+    talked = connected()
+    talked.finish(3, 7)
+    opened = ["/reset_prefix_cache", "/resume", '/jaxrft/state {"status": "ready", "version": 8}']
+    del wire.asked[:]
     talked.sleep(2)
     talked.wake("weights")
-    talked.abort()
-    assert wire.asked == [
-        '/jaxrft/state {"status": "loading"}',
-        "/sleep?level=2",
-        "/wake_up?tags=weights",
-        "/pause?mode=abort",
-        "/resume",
-    ]
+    talked.finish(3, 8)
+    before = ['/jaxrft/state {"status": "asleep"}', "/sleep?level=2", "/wake_up?tags=weights"]
+    assert wire.asked == [*before, "/collective_rpc finish"]
+    del wire.asked[:]
+    talked.wake("kv_cache")
+    assert wire.asked == ["/wake_up?tags=kv_cache", *opened]
+    # At level 1 the weights stay.
+    del wire.asked[:]
+    talked.sleep(1)
+    talked.wake("weights")
+    talked.wake("kv_cache")
+    assert wire.asked[-4:] == ["/wake_up?tags=kv_cache", *opened]
+    # At level 2 they do not: nothing is let in without others.
+    talked.sleep(2)
+    talked.wake("weights")
+    talked.wake("kv_cache")
+    assert wire.asked[-1] == "/wake_up?tags=kv_cache"
 
 
 def test_a_server_that_stamps_versions_itself(wire):
@@ -340,7 +359,7 @@ def test_a_server_that_stamps_versions_itself(wire):
     talked = connected()
     talked.finish(3, 8)
     assert json.loads(wire.last.content) == {"status": "ready", "version": 8}
-    assert wire.asked[-3:-1] == ["/update_weight_version", "/resume"]
+    assert wire.asked[-4:-1] == ["/update_weight_version", "/reset_prefix_cache", "/resume"]
 
 
 def test_generation_over_the_wire(wire):

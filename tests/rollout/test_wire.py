@@ -60,6 +60,11 @@ def test_payload_of_other_samplings():
     greedy = wire_of().payload([1], 1, 77, SamplingParams(temperature=0, ignore_eos=True))["sampling_params"]
     assert "seed" not in greedy
     assert greedy["stop_token_ids"] == []
+    # Several greedy completions are all the same, and asked for once.
+    assert wire_of().payload([1], 3, 77, SamplingParams(temperature=0))["sampling_params"]["n"] == 1
+    same = wire_of().completions(answer([4, 5]), 3, SamplingParams(temperature=0))
+    assert [c.token_ids for c in same] == [[4, 5]] * 3
+    assert "seed" not in wire_of(seeds=False).payload([1], 1, 77, SamplingParams())["sampling_params"]
     # Of 20 places the prompt takes 15.
     cut = wire_of().payload([1] * 15, 1, 0, SamplingParams(max_tokens=9, min_tokens=7))["sampling_params"]
     assert (cut["max_tokens"], cut["min_tokens"]) == (5, 5)

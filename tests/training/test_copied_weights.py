@@ -68,16 +68,16 @@ def make_trainer(folder, shift=0.0, knows=True, **changes):
     return trainer
 
 
-@pytest.mark.parametrize(("parity", "times"), [("first", 1), ("always", 3)])
+@pytest.mark.parametrize(("parity", "times"), [("first", 2), ("always", 3)])
 def test_parity_is_due(tmp_path, monkeypatch, capsys, parity, times):
-    """After the first transfer, or after each of the three: one at the start, one a rollout."""
+    """After the first transfer and the first to an engine that slept, or after each of the three."""
     trainer = make_trainer(tmp_path, rollout=RolloutConfig(parity=parity))
     gaps, original = [], trainer.check_parity
     monkeypatch.setattr(trainer, "check_parity", lambda: gaps.append(original()) or gaps[-1])
     trainer.train()
     assert len(gaps) == times
     assert all(gap <= 1e-5 for gap in gaps)
-    assert capsys.readouterr().out.count("parity: engine and trainer agree") == 1
+    assert capsys.readouterr().out.count("parity: engine and trainer agree") == 2
 
 
 def test_without_parity_weights_go_back_and_forth(tmp_path):

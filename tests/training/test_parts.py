@@ -273,7 +273,7 @@ def test_rewards_by_config():
         parts.build_rewards(RLConfig(reward_weights=[1.0]), [digits, digits])
 
 
-def test_engine_by_config():
+def test_engine_by_config(tmp_path):
     config = RLConfig(
         model=MODEL,
         max_prompt_length=8,
@@ -281,5 +281,5 @@ def test_engine_by_config():
         rollout=RolloutConfig(engine="native", max_slots=3, decode_chunk=2),
     )
     tokenizer = parts.build_tokenizer(config, None, None)
-    engine = parts.build_engine(config, parts.build_model(config, None, tokenizer, None, "none"), tokenizer)
+    engine = parts.build_engine(config, parts.build_model(config, None, tokenizer, None, "none"), tokenizer, tmp_path)
     assert (engine._max_slots, engine._steps, engine._max_length) == (3, 2, 12)

@@ -53,7 +53,7 @@ NCCL: dict[str, list[Any]] = {
     "ncclGetUniqueId": [POINTER(_UniqueId)],
     "ncclCommInitRank": [POINTER(c_void_p), c_int, _UniqueId, c_int],
     "ncclBroadcast": [c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p],
-    "ncclCommDestroy": [c_void_p],
+    "ncclCommAbort": [c_void_p],
 }
 
 
@@ -191,8 +191,8 @@ class Nccl:
         self._call("ncclBroadcast", pointer, pointer, size, NCCL_UINT8, root, communicator, None)
 
     def leave(self, communicator: int) -> None:
-        """Leaves a group."""
-        self._call("ncclCommDestroy", communicator)
+        """Leaves a group, at once: ending it in order would wait for the others, of whom some may be gone."""
+        self._call("ncclCommAbort", communicator)
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)

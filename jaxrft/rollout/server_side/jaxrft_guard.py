@@ -2,7 +2,7 @@
 
 vLLM's own key guards a part of its routes only, those that replace the model not among them. ``GET /jaxrft/state``
 gives the state; the trainer sets it by ``POST``: ``loading`` before the first byte of a transfer, ``ready`` with the
-version after the last. Nothing is generated but when it is ``ready``.
+version after the last, ``asleep`` while its memory is given back. Nothing is generated but when it is ``ready``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ PROTOCOL = 1
 GENERATING = ("/inference", "/v1/", "/v2/", "/cohere", "/generat", "/invocations", "/score", "/rerank", "/pooling")
 # These only say what is served.
 TELLING = ("/v1/models",)
+WHY = {
+    "empty": "no weights have come yet",
+    "loading": "a transfer of weights has not been completed",
+    "asleep": "its memory is given to training",
+}
 # Of the weights at the start and at the end of a request.
 VERSION_HEADERS = (b"x-jaxrft-version-before", b"x-jaxrft-version")
 
@@ -45,8 +50,7 @@ class Guard:
         elif scope["path"] == "/jaxrft/state":
             await self._state(scope, receive, send)
         elif self._status != "ready" and scope["path"].startswith(GENERATING) and scope["path"] not in TELLING:
-            why = {"empty": "no weights have come yet", "loading": "a transfer of weights has not been completed"}
-            await _answer(send, 503, {"error": f"refused: {why[self._status]}"})
+            await _answer(send, 503, {"error": f"refused: {WHY[self._status]}"})
         else:
             await self._app(scope, receive, self._stamped(send))
 

@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> None:
         refuse(f"{sys.executable} has no vLLM: install it there, or name the Python that has it in rollout.vllm.python")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
         refuse(f"vLLM {version} is too old: takes {OLDEST[0]}.{OLDEST[1]} or newer")
+    if "--api-key" in arguments or not os.environ.get("VLLM_API_KEY"):
+        refuse("the API key that guards the server's weights is taken from the variable VLLM_API_KEY: set it")
     owner = os.environ.pop(OWNER, None)
     if owner is not None:
         from jaxrft_watch import watch
@@ -42,7 +44,8 @@ def main(arguments: list[str]) -> None:
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ.update(PYTHONPATH=os.pathsep.join(paths), VLLM_SERVER_DEV_MODE="1")
     sys.path.insert(0, str(HERE))
-    sys.argv = ["vllm", *arguments, *platform_options(arguments), *extensions()]
+    here = [] if "--host" in arguments else ["--host", "127.0.0.1"]
+    sys.argv = ["vllm", *arguments, *here, *platform_options(arguments), *extensions()]
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 
 

@@ -57,6 +57,7 @@ class WeightReceiver:
             "rank": self.rank,
             "world_size": config.parallel_config.world_size,
             "tensor_parallel": config.parallel_config.tensor_parallel_size,
+            "data_parallel": config.parallel_config.data_parallel_size,
             "device": str(torch.cuda.get_device_properties(device).uuid) if on_gpu else "cpu",
             "host": socket.gethostname(),
             "process": os.getpid(),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import jax
@@ -100,7 +101,7 @@ class Sender:
                 self._threads.submit(receiver.open, {"sender": self._name, **transport.describe(place)})
                 for place, receiver in enumerate(receivers)
             ]
-            transport.connect()
+            self._beside(transport.connect, opening)
             _all(opening)
             transport.opened()
         except BaseException:
@@ -137,7 +138,8 @@ class Sender:
 
     def close(self) -> None:
         """Lets go of the transport."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        # Not waited for: a server that hangs would hold everything up.
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for receiver in self._receivers:
             receiver.release(self._name)
         self.transport.close()
@@ -150,8 +152,25 @@ class Sender:
         described |= {"checksum": checksum, "sender": self._name}
         futures = [self._threads.submit(receiver.load, described) for receiver in self._receivers]
         if not self.transport.put_first:
-            self.transport.put(slot, packed)
+            self._beside(lambda: self.transport.put(slot, packed), futures)
         return futures
+
+    def _beside(self, do: Callable[[], None], futures: Sequence[Future]) -> None:
+        """Does what waits for the servers; where one of them fails it would wait for ever, and is given up.
+
+        Raises:
+            EngineError: a server failed.
+        """
+        if self.transport.put_first:
+            do()
+            return
+        own: Future = Future()
+        # Not one of the threads that are waited for at the end.
+        threading.Thread(target=_into, args=(own, do), name="transport", daemon=True).start()
+        done, _ = wait({own, *futures}, return_when=FIRST_EXCEPTION)
+        if any(future.exception() for future in done):
+            self.transport.close()
+        _all(list(done))
 
     def _check(self) -> None:
         wanted = manifest(self._buckets, self._dtype)
@@ -187,6 +206,14 @@ def coverage_problems(tensors: Sequence[tuple[str, Sequence[int]]], answers: Seq
         elif elements < int(np.prod(shape)):
             problems.append(f"{name} of shape {list(shape)} is too large: {elements} of its elements are taken")
     return problems
+
+
+def _into(future: Future, do: Callable[[], None]) -> None:
+    try:
+        do()
+        future.set_result(None)
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _wait(futures: Sequence[Future]) -> None:

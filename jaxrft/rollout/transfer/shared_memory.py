@@ -44,7 +44,8 @@ class SharedMemory:
             self._path.unlink()
             raise ConfigError(
                 f"rollout.vllm.bucket_mib: {size / 2**20:.0f} MiB of shared memory are not to be had in {FOLDER} "
-                f"({error.strerror}); enlarge it (in a container: --shm-size), or lower bucket_mib"
+                f"({error.strerror}); enlarge it (in a container: --shm-size), or lower bucket_mib where no "
+                "tensor of the model is as large"
             ) from error
         finally:
             os.close(handle)

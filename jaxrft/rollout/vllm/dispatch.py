@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from jaxrft.rollout.errors import EngineError
 ATTEMPTS = 2
 # So long at most until somebody who waits for a long answer is heard, by Ctrl-C for instance.
 WAIT_SECONDS = 1.0
+# After so long a request that was told to end is left alone.
+END_SECONDS = 30.0
 
 
 class Generates(Protocol):
@@ -33,7 +36,7 @@ class Generates(Protocol):
 
 
 class Dispatcher:
-    """Sends requests to the servers that are free.
+    """Sends requests to the servers that are free, once.
 
     Each server is kept busy by ``in_flight`` threads that take the next request as soon as they have an answer: the
     faster server gets more, and none is sent more than it can work on.
@@ -63,7 +66,6 @@ class Dispatcher:
         Raises:
             EngineError: a server refused a request, or a request failed twice.
         """
-        self._aborted.clear()
         waiting = deque((place, 1) for place in range(len(payloads)))
         answers: list[dict[str, Any] | None] = [None] * len(payloads)
         ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
@@ -83,7 +85,8 @@ class Dispatcher:
                     answers[place] = server.generate(payloads[place])
                     ended.put((place, None))
                 except httpx.TransportError as error:
-                    if attempt < ATTEMPTS:
+                    # What took too long once would again.
+                    if attempt < ATTEMPTS and not isinstance(error, httpx.TimeoutException):
                         waiting.append((place, attempt + 1))
                     else:
                         fail(place, _gave_up(server, error))
@@ -105,19 +108,35 @@ class Dispatcher:
             self.abort()
             raise
         finally:
-            for thread in threads:
-                thread.join()
+            self._join(threads)
         return answers
 
     def abort(self) -> None:
         """Ends what runs: requests that are under way answer with what they have, the others are not sent."""
         self._aborted.set()
+        self._end_requests()
+
+    def _end_requests(self) -> None:
         for server in self._servers:
             try:
                 server.abort()
             except EngineError:
                 # It is gone, and with it its requests.
                 continue
+
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        """Waits for the threads; where they were told to end, not for a server that does not."""
+        deadline = None
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(WAIT_SECONDS)
+                if not (thread.is_alive() and self._aborted.is_set()):
+                    continue
+                deadline = deadline or time.monotonic() + END_SECONDS
+                if time.monotonic() > deadline:
+                    return
+                # It may have been on its way to the server when that was told to end all.
+                self._end_requests()
 
     def _collect(
         self,

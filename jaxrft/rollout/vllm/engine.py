@@ -6,7 +6,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 from flax import nnx
@@ -25,7 +25,7 @@ from jaxrft.rollout.transfer.plan import make_buckets, make_entries
 from jaxrft.rollout.transfer.send import Report, Sender
 from jaxrft.rollout.vllm.generation import Generation
 from jaxrft.rollout.vllm.server import Server
-from jaxrft.rollout.vllm.wire import Wire
+from jaxrft.rollout.vllm.wire import LogprobsMode, Wire
 
 TAGS = ("weights", "kv_cache")
 EMBEDDING = ("embed", "embedding")
@@ -45,6 +45,7 @@ class VLLMEngine:
         transport: how weights get to the servers.
         bucket_bytes: of the weights that travel together, at most; a layer that is larger travels alone.
         checksum: whether every bucket is checked on arrival.
+        seeds: whether completions are drawn with seeds of their own; else they depend on what is generated beside them.
         on_failure: called where a server failed; may raise an error that says more.
         on_close: called at the end of :meth:`close`.
 
@@ -69,6 +70,7 @@ class VLLMEngine:
         transport: Literal["auto", "cuda_ipc", "shared_memory", "nccl"] = "auto",
         bucket_bytes: int = 256 * 2**20,
         checksum: bool = False,
+        seeds: bool = True,
         on_failure: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
     ):
@@ -94,6 +96,7 @@ class VLLMEngine:
             max_length=max_length,
             decode=None if tokenizer is None else self._text,
             reads_text=worker["tokenizer"],
+            seeds=seeds,
         )
         self._eos_ids = spoken.eos_ids
         self._generation = Generation(self._servers, spoken, max_sequences)
@@ -202,12 +205,13 @@ class VLLMEngine:
             raise ConfigError(f"level: got {level!r}, takes 1 (caches) or 2 (caches and weights)")
         if self._asleep:
             return
-        if self.sleeps:
-            for server in self._servers:
-                server.sleep(level)
         self._asleep = set(TAGS)
         if level == 2:
             self._ready = False
+        if self.sleeps:
+            with self._explained():
+                for server in self._servers:
+                    server.sleep(level)
 
     def wake(self, tags: Sequence[str] | None = None) -> None:
         """Takes back what ``sleep`` gave: ``weights``, ``kv_cache``, or both (None).
@@ -222,8 +226,9 @@ class VLLMEngine:
 
     def _wake(self, tag: str) -> None:
         if tag in self._asleep and self.sleeps:
-            for server in self._servers:
-                server.wake(tag)
+            with self._explained():
+                for server in self._servers:
+                    server.wake(tag)
         self._asleep.discard(tag)
 
     def close(self) -> None:
@@ -293,7 +298,17 @@ def _agreed(servers: Sequence[Server]) -> dict[str, Any]:
 
 
 def _check_serves(name: str, worker: dict[str, Any], max_length: int) -> None:
-    """Refuses servers that cannot be filled with this model."""
+    """Refuses servers that cannot be filled with this model, or do not say what is needed."""
+    if worker["data_parallel"] != 1:
+        raise ConfigError(
+            f"{name}: has {worker['data_parallel']} data parallel copies of the model, of which only one would be "
+            "heard of; start as many servers instead"
+        )
+    if worker["logprobs_mode"] not in get_args(LogprobsMode):
+        raise ConfigError(
+            f"{name}: reports {worker['logprobs_mode']}; start it with --logprobs-mode "
+            f"{' or '.join(get_args(LogprobsMode))}"
+        )
     if worker["max_model_len"] < max_length:
         raise ConfigError(
             f"{name}: takes {worker['max_model_len']} tokens of prompt and completion together, the run needs "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 
 from jaxrft.rollout.records import Completion, Request, SamplingParams
@@ -27,6 +28,7 @@ class Generation:
         self._servers, self._wire, self._max_sequences = servers, spoken, max_sequences
         self._dispatcher: Dispatcher | None = None
         self._version = 0
+        self._aborted = threading.Event()
 
     def complete(
         self, requests: Sequence[Request], sampling: SamplingParams, on_progress: Progress, version: int
@@ -38,6 +40,7 @@ class Generation:
             version: of the weights, for what is given up before a server has answered.
         """
         self._version = version
+        self._aborted.clear()
         if sampling.first_token_temperature is not None:
             return self._in_two(requests, sampling, on_progress)
         jobs = [(r.prompt_ids, r.n, wire.request_seed(sampling, r, i)) for i, r in enumerate(requests)]
@@ -45,8 +48,9 @@ class Generation:
 
     def abort(self) -> None:
         """Ends what runs, in another thread: requests answer with what they have."""
-        if self._dispatcher is not None:
-            self._dispatcher.abort()
+        self._aborted.set()
+        if (dispatcher := self._dispatcher) is not None:
+            dispatcher.abort()
 
     def _answer(self, jobs: Sequence[Job], sampling: SamplingParams, on_progress: Progress) -> list[Completion]:
         total, done = sum(n for _, n, _ in jobs), 0
@@ -57,7 +61,12 @@ class Generation:
             on_progress(done, total)
 
         largest = max(n for _, n, _ in jobs)
-        self._dispatcher = Dispatcher(self._servers, max(1, self._max_sequences // largest))
+        # Twice what a server works on: a group keeps its request until its longest completion has ended, and places
+        # that get free meanwhile are for the next.
+        in_flight = max(1, 2 * self._max_sequences // largest)
+        self._dispatcher = Dispatcher(self._servers, in_flight)
+        if self._aborted.is_set():
+            return self._given_up(jobs, sampling)
         payloads = [self._wire.payload(prompt, n, seed, sampling) for prompt, n, seed in jobs]
         try:
             answers = self._dispatcher.run(payloads, answered, lambda: on_progress(done, total))
@@ -65,11 +74,15 @@ class Generation:
             self._dispatcher = None
         completions = []
         for (_, n, _), answer in zip(jobs, answers):
-            if answer is None:
-                completions += [wire.unfinished(self._version, wire.knows_logprobs(self._wire.mode, sampling))] * n
+            if answer is None or (self._aborted.is_set() and len(answer["choices"]) < n and sampling.temperature > 0):
+                completions += self._given_up([((), n, 0)], sampling)
             else:
                 completions += self._wire.completions(answer, n, sampling)
         return completions
+
+    def _given_up(self, jobs: Sequence[Job], sampling: SamplingParams) -> list[Completion]:
+        known = wire.knows_logprobs(self._wire.mode, sampling)
+        return [wire.unfinished(self._version, known)] * sum(n for _, n, _ in jobs)
 
     def _in_two(self, requests: Sequence[Request], sampling: SamplingParams, on_progress: Progress) -> list[Completion]:
         """First tokens at their own temperature, then the rest of each completion (FIRE sampling)."""

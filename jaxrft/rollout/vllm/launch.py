@@ -58,6 +58,11 @@ def engine_from(
             say(f"{server.name}: vLLM {server.vllm_version} on {_where(server)} answers")
             if server.vllm_version not in TESTED_VERSIONS:
                 say(f"{server.name}: vLLM {server.vllm_version} is untested, tested are {', '.join(TESTED_VERSIONS)}")
+            if (found := server.workers[0]["logprobs_mode"]) != _mode(config):
+                raise ConfigError(
+                    f"{server.name}: reports {found}, the temperatures of this run need {_mode(config)}; start it with "
+                    f"--logprobs-mode {_mode(config)}"
+                )
         engine = VLLMEngine(
             servers,
             model,
@@ -67,6 +72,7 @@ def engine_from(
             transport=settings.transport,
             bucket_bytes=settings.bucket_mib * 2**20,
             checksum=settings.checksum,
+            seeds=settings.request_seeds,
             on_failure=lambda: _check_alive(processes),
             on_close=closing.close,
         )
@@ -111,14 +117,8 @@ def server_options(config: RLConfig, folder: Path, tokenizer: bool, number: int)
     """What one of the run's servers is started with."""
     settings, rollout = config.rollout.vllm, config.rollout
     on_gpu = jax.default_backend() == "gpu"
-    shares = on_gpu and settings.devices is None
-    if shares and config.parallel.memory_fraction is None:
-        raise ConfigError(
-            "parallel.memory_fraction: got None, but the vLLM server shares the trainer's GPUs; set the trainer's "
-            f"share of their memory, such as {0.9 - settings.gpu_memory:.2g} beside rollout.vllm.gpu_memory="
-            f"{settings.gpu_memory}"
-        )
-    temperatures = [config.temperature, rollout.first_token_temperature or config.temperature]
+    if on_gpu and set(_devices(config)) & set(_own_gpus()):
+        check_shares(config.parallel.memory_fraction, settings.gpu_memory)
     share = settings.tensor_parallel
     devices = _devices(config) if on_gpu or settings.devices is not None else None
     return ServerOptions(
@@ -128,14 +128,14 @@ def server_options(config: RLConfig, folder: Path, tokenizer: bool, number: int)
         dtype=config.model.dtype,
         max_length=config.max_prompt_length + config.max_completion_length,
         max_sequences=rollout.max_slots,
-        logprobs_mode=wire.mode_for(temperatures),
+        logprobs_mode=_mode(config),
         tokenizer=tokenizer,
         tensor_parallel=share,
         devices=None if devices is None else tuple(devices[number * share : (number + 1) * share]),
         gpu_memory=settings.gpu_memory,
         cpu_cache_gib=settings.cpu_cache_gib,
         cpu_cores=None if on_gpu else cpu_cores(number, settings.servers, share),
-        sleep=shares if settings.sleep is None else settings.sleep,
+        sleep=settings.sleep,
         eager=settings.eager,
         more=tuple(settings.arguments),
     )
@@ -146,14 +146,44 @@ def _devices(config: RLConfig) -> list[str]:
     settings = config.rollout.vllm
     if settings.devices is not None:
         return [str(number) for number in settings.devices]
-    wanted, seen = settings.servers * settings.tensor_parallel, jax.local_device_count()
-    if wanted > seen:
+    wanted, own = settings.servers * settings.tensor_parallel, _own_gpus()
+    if wanted > len(own):
         raise ConfigError(
             f"rollout.vllm.servers: {settings.servers} servers of {settings.tensor_parallel} GPUs take more than the "
-            f"{seen} that the trainer has; lower them, or name others in rollout.vllm.devices"
+            f"{len(own)} that the trainer has; lower them, or name others in rollout.vllm.devices"
         )
+    return own[:wanted]
+
+
+def _own_gpus() -> list[str]:
+    """The trainer's GPUs, as CUDA_VISIBLE_DEVICES names them."""
+    ordinals = [device.local_hardware_id for device in jax.local_devices()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (visible.split(",") if visible else [str(number) for number in range(seen)])[:wanted]
+    names = visible.split(",") if visible else None
+    return [names[ordinal] if names else str(ordinal) for ordinal in ordinals]
+
+
+def check_shares(trainer: float | None, server: float) -> None:
+    """Refuses shares of a GPU's memory that do not fit together; JAX takes its own at its start and keeps it.
+
+    Raises:
+        ConfigError: they do not; it names shares that do.
+    """
+    if trainer is None:
+        raise ConfigError(
+            "parallel.memory_fraction: got None, but the vLLM server shares the trainer's GPUs; set the trainer's "
+            f"share of their memory, such as {0.9 - server:.2g} beside rollout.vllm.gpu_memory={server}"
+        )
+    if trainer + server > 0.95:
+        raise ConfigError(
+            f"rollout.vllm.gpu_memory: {server} of a GPU's memory for the server and {trainer} for the trainer "
+            "(parallel.memory_fraction) leave too little for the programs themselves; together at most 0.95"
+        )
+
+
+def _mode(config: RLConfig) -> wire.LogprobsMode:
+    """What servers have to report so that most can be known of the completions that are trained on."""
+    return wire.mode_for([config.temperature, config.rollout.first_token_temperature or config.temperature])
 
 
 def _where(server: Server) -> str:

@@ -47,7 +47,9 @@ class ServerProcess:
         check_free(options.port)
         log.parent.mkdir(parents=True, exist_ok=True)
         owner = f"{os.getpid()}:{start_time(os.getpid())}"
-        with log.open("wb") as file:
+        # Behind what a server of the run before printed, where this one continues it.
+        self._log_start = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as file:
             try:
                 self._process = subprocess.Popen(
                     options.command(),
@@ -117,11 +119,14 @@ class ServerProcess:
 
     def reason(self) -> str:
         """Why it ended, as far as its log says."""
-        return reason_in(self.log.read_text(errors="replace"))
+        return reason_in(self._printed())
+
+    def _printed(self) -> str:
+        return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
     def last_line(self) -> str:
         """The end of its log."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self._printed().splitlines() if line.strip()]
         return _plain(lines[-1])[:160] if lines else "nothing yet"
 
     def stop(self) -> None:
@@ -131,9 +136,11 @@ class ServerProcess:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == 200
+            healthy = httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
+        # Else somebody else has taken the port.
+        return healthy and self._process.poll() is None
 
 
 def free_port() -> int:

@@ -16,6 +16,8 @@ PROTOCOL = 1
 TESTED_VERSIONS = ("0.24.0", "0.32.0")
 # A server that is busy may take its time to answer; one that is gone refuses at once.
 CONTROL_SECONDS = 600.0
+# Who aborts does not want to wait.
+ABORT_SECONDS = 10.0
 VERSION_HEADERS = ("x-jaxrft-version-before", "x-jaxrft-version")
 
 
@@ -45,9 +47,13 @@ class Server:
             base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(CONTROL_SECONDS, connect=10.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            # Given up before the server does: it closes what has been idle for five seconds.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2.0),
             trust_env=False,
         )
+        # What gave its memory back, and the version that is served when all of it is there again.
+        self._asleep: set[str] = set()
+        self._served: int | None = None
         self._request_timeout = httpx.Timeout(request_seconds, connect=10.0)
         try:
             self.vllm_version = self._greet()
@@ -79,6 +85,7 @@ class Server:
 
     def begin(self) -> None:
         """Refuses to generate from here on, and waits for what is being generated."""
+        self._served = None
         self._ask("POST", "/jaxrft/state", json={"status": "loading"})
         self._ask("POST", "/pause", params={"mode": "wait"})
         self._rpc("jaxrft_begin")
@@ -88,18 +95,25 @@ class Server:
         self._rpc("jaxrft_load", bucket)
 
     def finish(self, tensors: int, version: int) -> None:
-        """Takes the new weights into use, and generates again."""
+        """Takes the new weights into use, and generates again, where its caches are there."""
         self._rpc("jaxrft_finish", tensors)
-        self._ask("POST", "/reset_prefix_cache")
         if self.stamps_versions:
             self._ask("POST", "/update_weight_version", json={"new_version": str(version)})
+        self._served = version
+        self._open()
+
+    def _open(self) -> None:
+        """Lets requests in, where weights and caches are whole."""
+        if self._asleep or self._served is None:
+            return
+        self._ask("POST", "/reset_prefix_cache")
         self._ask("POST", "/resume")
-        self._ask("POST", "/jaxrft/state", json={"status": "ready", "version": version})
+        self._ask("POST", "/jaxrft/state", json={"status": "ready", "version": self._served})
 
     def release(self, sender: str) -> None:
         """Lets go of what it opened for a sender, where it still runs."""
         with contextlib.suppress(EngineError):
-            self._rpc("jaxrft_close", sender)
+            self._rpc("jaxrft_close", sender, timeout=ABORT_SECONDS)
 
     def state(self) -> dict[str, Any]:
         """``status`` (empty, loading, ready) and ``version`` of its weights."""
@@ -117,22 +131,30 @@ class Server:
         reply = self._http.post("/inference/v1/generate", json=payload, timeout=self._request_timeout)
         if reply.status_code != 200:
             raise EngineError(f"{self.name}: refused a request ({reply.status_code}): {_reason(reply)}")
-        return {**reply.json(), "versions": [reply.headers.get(header) for header in VERSION_HEADERS]}
+        try:
+            answer = reply.json()
+        except ValueError as error:
+            raise EngineError(f"{self.name}: its answer is no JSON: {reply.text[:100]!r}") from error
+        return {**answer, "versions": [reply.headers.get(header) for header in VERSION_HEADERS]}
 
     def abort(self) -> None:
         """Ends what is being generated; each request answers with what it has."""
-        self._ask("POST", "/pause", params={"mode": "abort"})
-        self._ask("POST", "/resume")
+        self._ask("POST", "/pause", params={"mode": "abort"}, timeout=ABORT_SECONDS)
+        self._ask("POST", "/resume", timeout=ABORT_SECONDS)
 
     def sleep(self, level: int) -> None:
         """Gives memory back: caches (1), weights too (2)."""
+        self._asleep = {"weights", "kv_cache"}
         if level == 2:
-            self._ask("POST", "/jaxrft/state", json={"status": "loading"})
+            self._served = None
+        self._ask("POST", "/jaxrft/state", json={"status": "asleep"})
         self._ask("POST", "/sleep", params={"level": level})
 
     def wake(self, tag: str) -> None:
         """Takes memory back for ``weights`` or ``kv_cache``."""
         self._ask("POST", "/wake_up", params={"tags": tag})
+        self._asleep.discard(tag)
+        self._open()
 
     def close(self) -> None:
         """Ends the connections; the server goes on."""
@@ -155,9 +177,9 @@ class Server:
             raise ConfigError(f"{self.name}: {_NOT_OURS}")
         return state["vllm"]
 
-    def _rpc(self, method: str, argument: Any = None) -> list[dict[str, Any]]:
+    def _rpc(self, method: str, argument: Any = None, **options: Any) -> list[dict[str, Any]]:
         arguments = [] if argument is None else [json.dumps(argument)]
-        answer = self._ask("POST", "/collective_rpc", json={"method": method, "args": arguments})
+        answer = self._ask("POST", "/collective_rpc", json={"method": method, "args": arguments}, **options)
         workers = answer.get("results", [])
         for worker in workers:
             if "error" in worker:

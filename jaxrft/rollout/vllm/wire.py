@@ -45,6 +45,7 @@ class Wire:
         eos_ids: end-of-sequence tokens.
         max_length: tokens of prompt and completion together at most.
         decode: text of tokens; None without a tokenizer.
+        seeds: whether completions are drawn with seeds of their own.
         reads_text: whether the server has a tokenizer too, and can stop at texts by itself.
     """
 
@@ -53,12 +54,14 @@ class Wire:
     max_length: int
     decode: Callable[[Sequence[int]], str] | None
     reads_text: bool = True
+    seeds: bool = True
 
     def payload(self, prompt_ids: Sequence[int], n: int, seed: int, sampling: SamplingParams) -> dict[str, Any]:
         """The body of a request for ``n`` completions; completion i is drawn with ``seed + i``."""
         reads_text = bool(sampling.stop) and self.reads_text
         params: dict[str, Any] = {
-            "n": n,
+            # vLLM refuses several greedy ones, which are all the same.
+            "n": n if sampling.temperature > 0 else 1,
             "temperature": float(sampling.temperature),
             "top_p": float(sampling.top_p),
             "top_k": int(sampling.top_k),
@@ -73,7 +76,7 @@ class Wire:
             "output_kind": 2,
             "detokenize": reads_text,
         }
-        if sampling.temperature > 0:
+        if sampling.temperature > 0 and self.seeds:
             params["seed"] = seed
         if reads_text:
             params |= {"stop": list(sampling.stop), "skip_special_tokens": False}
@@ -86,10 +89,15 @@ class Wire:
         Raises:
             EngineError: it holds another number of them, or lacks what a completion needs.
         """
+        greedy = sampling.temperature == 0
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        if [choice["index"] for choice in choices] != list(range(n)):
+        if [choice["index"] for choice in choices] != list(range(1 if greedy else n)):
             raise EngineError(f"the server gave {len(choices)} completions of {n}: update vLLM")
-        return [self._completion(choice, answer["versions"], sampling) for choice in choices]
+        return [
+            self._completion(choice, answer["versions"], sampling)
+            for choice in choices
+            for _ in range(n if greedy else 1)
+        ]
 
     def _completion(self, choice: dict[str, Any], versions: Sequence[str], sampling: SamplingParams) -> Completion:
         tokens = [int(token) for token in choice["token_ids"] or []]
