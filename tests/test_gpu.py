@@ -39,7 +39,9 @@ config = tiny_config(
     model=ModelConfig(scratch=shape, tokenizer="characters:0123456789+=", dtype="bfloat16"),
     parallel=ParallelConfig(memory_fraction=0.3),
     rollout=RolloutConfig(
-        engine="vllm", parity="always", vllm=VLLMConfig(python=sys.argv[2], gpu_memory=0.3, eager=True, checksum=True)
+        engine="vllm",
+        parity="always",
+        vllm=VLLMConfig(python=sys.argv[2], gpu_memory=0.3, eager=True, checksum=True, sleep=True),
     ),
     max_steps=3,
 )
