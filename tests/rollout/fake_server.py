@@ -118,6 +118,9 @@ class FakeServer:
     def abort(self) -> None:
         self._called("abort")
 
+    def ping(self) -> None:
+        """Asked for now and then, as time goes by: not among the calls."""
+
     def close(self) -> None:
         self._called("close")
 

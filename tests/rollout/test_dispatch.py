@@ -17,6 +17,7 @@ class Server:
     def __init__(self, name="server", work=lambda payload, tries: None):
         self.name, self._work = name, work
         self.running, self.most, self.answered, self.tries = 0, 0, [], {}
+        self.pings = 0
         self.aborted = threading.Event()
         self._lock = threading.Lock()
 
@@ -35,6 +36,9 @@ class Server:
 
     def abort(self):
         self.aborted.set()
+
+    def ping(self):
+        self.pings += 1
 
 
 def payloads(count):
@@ -164,6 +168,24 @@ def test_abort_from_another_thread():
     answers = dispatcher.run(payloads(6))
     aborting.join()
     assert [answer is None for answer in answers] == [False, False, True, True, True, True]
+
+
+def test_a_server_that_stands_still_is_stirred(monkeypatch):
+    """It answers when it is asked for anything else, as one does whose event loop missed an event."""
+    monkeypatch.setattr(dispatch, "WAIT_SECONDS", 0.05)
+    stirred = threading.Event()
+
+    class Still(Server):
+        def ping(self):
+            super().ping()
+            stirred.set()
+
+    def work(payload, tries):
+        assert stirred.wait(20)
+
+    still = Still(work=work)
+    assert len(Dispatcher([still], 1).run(payloads(1))) == 1
+    assert still.pings >= 1
 
 
 def test_a_request_that_slips_past_an_abort(monkeypatch):

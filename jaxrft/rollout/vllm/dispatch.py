@@ -34,6 +34,10 @@ class Generates(Protocol):
         """Ends what is being generated; each request answers with what it has."""
         ...
 
+    def ping(self) -> None:
+        """Asks for nothing, so that the server looks at what lies before it."""
+        ...
+
 
 class Dispatcher:
     """Sends requests to the servers that are free, once.
@@ -152,6 +156,9 @@ class Dispatcher:
                 place, error = ended.get(timeout=WAIT_SECONDS)
             except queue.Empty:
                 on_wait()
+                # Seen: a server that had missed an answer of its engine stood still until it was asked for anything.
+                for server in self._servers:
+                    server.ping()
                 continue
             if error is not None:
                 raise error

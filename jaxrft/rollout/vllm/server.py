@@ -142,6 +142,11 @@ class Server:
         self._ask("POST", "/pause", params={"mode": "abort"}, timeout=ABORT_SECONDS)
         self._ask("POST", "/resume", timeout=ABORT_SECONDS)
 
+    def ping(self) -> None:
+        """Asks for nothing, so that the server's event loop wakes up; whether it answers is for others to find out."""
+        with contextlib.suppress(httpx.TransportError):
+            self._http.get("/health", timeout=ABORT_SECONDS)
+
     def sleep(self, level: int) -> None:
         """Gives memory back: caches (1), weights too (2)."""
         self._asleep = {"weights", "kv_cache"}
