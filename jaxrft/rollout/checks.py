@@ -7,6 +7,31 @@ from collections.abc import Sequence
 from jaxrft.config.base import ConfigError
 from jaxrft.rollout.records import Request, SamplingParams
 
+# What an engine may let go of, and take back.
+TAGS = ("weights", "kv_cache")
+
+
+def check_sleep_level(level: int) -> None:
+    """Refuses levels of sleep that there are not.
+
+    Raises:
+        ConfigError: it is not 1 or 2.
+    """
+    if level not in (1, 2):
+        raise ConfigError(f"level: got {level!r}, takes 1 (caches) or 2 (caches and weights)")
+
+
+def tags_to_wake(tags: Sequence[str] | None) -> tuple[str, ...]:
+    """The tags given, or all.
+
+    Raises:
+        ConfigError: there is no such tag.
+    """
+    unknown = set(tags or ()) - set(TAGS)
+    if unknown:
+        raise ConfigError(f"tags: got {sorted(unknown)}, takes {' and '.join(TAGS)}")
+    return TAGS if tags is None else tuple(tags)
+
 
 def check_requests(requests: Sequence[Request], *, max_length: int, vocab_size: int) -> None:
     """Refuses prompts that leave no room for a token, and tokens that the model does not know.

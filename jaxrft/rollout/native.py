@@ -11,14 +11,12 @@ from flax import nnx
 
 from jaxrft.config.base import ConfigError
 from jaxrft.models import Decoder
-from jaxrft.rollout.checks import check_requests, check_stops
+from jaxrft.rollout.checks import check_requests, check_sleep_level, check_stops, tags_to_wake
 from jaxrft.rollout.loop import Loop
 from jaxrft.rollout.programs import programs_of
 from jaxrft.rollout.records import Completion, Request, SamplingParams
-from jaxrft.rollout.sampling import stop_token_ids
+from jaxrft.rollout.sampling import eos_ids_of, stop_token_ids
 from jaxrft.rollout.scheduler import Scheduler, power_of_two
-
-TAGS = ("weights", "kv_cache")
 
 
 class NativeEngine:
@@ -78,7 +76,7 @@ class NativeEngine:
         self.update_weights(params, version=0)
         self._vocab_size = model.spec.vocab_size
         self._tokenizer = tokenizer
-        self._eos_ids = _eos_ids(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
+        self._eos_ids = eos_ids_of(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._max_slots, self._max_length = max_slots, max_length
         self._steps, self._max_prefill_tokens = decode_chunk, max_prefill_tokens
         self.compilations = 0
@@ -154,8 +152,7 @@ class NativeEngine:
         Caches live within :meth:`generate` alone, so that level 1 has no memory to give back.
         """
         self._refuse_closed()
-        if level not in (1, 2):
-            raise ConfigError(f"level: got {level!r}, takes 1 (caches) or 2 (caches and weights)")
+        check_sleep_level(level)
         self._asleep.add("kv_cache")
         if level == 2:
             self._leaves = None
@@ -167,10 +164,7 @@ class NativeEngine:
         Weights that were let go of come back with the next :meth:`update_weights`.
         """
         self._refuse_closed()
-        unknown = set(tags or ()) - set(TAGS)
-        if unknown:
-            raise ConfigError(f"tags: got {sorted(unknown)}, takes {' and '.join(TAGS)}")
-        self._asleep -= set(TAGS if tags is None else tags)
+        self._asleep -= set(tags_to_wake(tags))
 
     def close(self) -> None:
         """Lets go of weights and caches; the engine cannot be used after."""
@@ -208,11 +202,6 @@ class NativeEngine:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
-
-
-def _eos_ids(tokenizer: Any) -> tuple[int, ...]:
-    eos = getattr(tokenizer, "eos_token_id", None)
-    return () if eos is None else (int(eos),)
 
 
 def _mesh_of(array: jax.Array) -> jax.sharding.Mesh | None:

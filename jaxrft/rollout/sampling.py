@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,12 @@ def sampling_values(params: SamplingParams, eos_ids: tuple[int, ...]) -> Samplin
     )
     key = jax.random.key(np.uint32(params.seed & 0xFFFFFFFF), impl=PRNG)
     return SamplingValues(key, *jax.device_put(numbers))
+
+
+def eos_ids_of(tokenizer: Any) -> tuple[int, ...]:
+    """A tokenizer's end-of-sequence token, where it has one."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return () if eos is None else (int(eos),)
 
 
 def stop_token_ids(params: SamplingParams, eos_ids: tuple[int, ...]) -> tuple[int, ...]:

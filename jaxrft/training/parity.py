@@ -48,7 +48,11 @@ def compare(trainer: RLTrainer) -> float:
     completions = trainer.engine.generate(requests, sampling)
     samples, theirs = [], []
     for request, completion in zip(requests, completions):
-        assert completion.logprobs is not None
+        if completion.logprobs is None:
+            raise ConfigError(
+                "rollout.parity: the engine does not know the log-probabilities at this run's temperatures; see "
+                "docs/vllm.md, or set rollout.parity=never"
+            )
         samples.append(
             Sample(prompt_ids=request.prompt_ids, response_ids=completion.token_ids, logprobs=completion.logprobs)
         )

@@ -541,7 +541,7 @@ def test_servers_that_cannot_sleep(engine, server):
     assert not [call for call in server.calls if call.startswith(("sleep", "wake"))]
     with pytest.raises(ConfigError, match="^level: got 3, takes 1"):
         engine.sleep(3)
-    with pytest.raises(ConfigError, match="^tags: got 'caches', takes weights or kv_cache"):
+    with pytest.raises(ConfigError, match=r"^tags: got \['caches'\], takes weights and kv_cache"):
         engine.wake(["caches"])
 
 

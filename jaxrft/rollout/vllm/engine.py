@@ -6,7 +6,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import jax
 from flax import nnx
@@ -15,19 +15,19 @@ from jaxrft.config import ConfigError
 from jaxrft.config.rollout import VLLM_MAX_TEMPERATURE
 from jaxrft.models.checkpoint import tensor_table
 from jaxrft.models.decoder import Decoder
-from jaxrft.rollout.checks import check_requests, check_stops
+from jaxrft.rollout.checks import TAGS, check_requests, check_sleep_level, check_stops, tags_to_wake
 from jaxrft.rollout.errors import EngineError
 from jaxrft.rollout.records import Completion, Request, SamplingParams
-from jaxrft.rollout.sampling import stop_token_ids
+from jaxrft.rollout.sampling import eos_ids_of, stop_token_ids
 from jaxrft.rollout.transfer.choice import choose, gpus_of, make_transport
 from jaxrft.rollout.transfer.export import Exporter
 from jaxrft.rollout.transfer.plan import make_buckets, make_entries
 from jaxrft.rollout.transfer.send import Report, Sender
+from jaxrft.rollout.vllm.fitness import agreed, check_serves
 from jaxrft.rollout.vllm.generation import Generation
 from jaxrft.rollout.vllm.server import Server
-from jaxrft.rollout.vllm.wire import LogprobsMode, Wire
+from jaxrft.rollout.vllm.wire import Wire
 
-TAGS = ("weights", "kv_cache")
 EMBEDDING = ("embed", "embedding")
 
 
@@ -85,14 +85,13 @@ class VLLMEngine:
         self._ready = False
         self.version: int | None = None
         self.last_transfer: Report | None = None
-        eos = getattr(tokenizer, "eos_token_id", None)
-        worker = _agreed(self._servers)
+        worker = agreed(self._servers)
         for server in self._servers:
-            _check_serves(server.name, server.workers[0], max_length)
+            check_serves(server.name, server.workers[0], max_length)
         self.dtype: str = worker["dtype"]
         spoken = Wire(
             mode=worker["logprobs_mode"],
-            eos_ids=() if eos is None else (int(eos),),
+            eos_ids=eos_ids_of(tokenizer),
             max_length=max_length,
             decode=None if tokenizer is None else self._text,
             reads_text=worker["tokenizer"],
@@ -201,8 +200,7 @@ class VLLMEngine:
         Servers that cannot give memory back (on a CPU, or started without sleep mode) keep it.
         """
         self._refuse_closed()
-        if level not in (1, 2):
-            raise ConfigError(f"level: got {level!r}, takes 1 (caches) or 2 (caches and weights)")
+        check_sleep_level(level)
         if self._asleep:
             return
         self._asleep = set(TAGS)
@@ -219,9 +217,7 @@ class VLLMEngine:
         Weights that were let go of come back with the next :meth:`update_weights`.
         """
         self._refuse_closed()
-        for tag in TAGS if tags is None else tags:
-            if tag not in TAGS:
-                raise ConfigError(f"tags: got {tag!r}, takes {' or '.join(TAGS)}")
+        for tag in tags_to_wake(tags):
             self._wake(tag)
 
     def _wake(self, tag: str) -> None:
@@ -281,41 +277,3 @@ class VLLMEngine:
 
 def _nothing(done: int, total: int) -> None:
     pass
-
-
-def _agreed(servers: Sequence[Server]) -> dict[str, Any]:
-    """What all workers say alike."""
-    first = servers[0].workers[0]
-    for server in servers:
-        for worker in server.workers:
-            for field in ("dtype", "logprobs_mode", "model_type", "tied", "tokenizer"):
-                if worker[field] != first[field]:
-                    raise ConfigError(
-                        f"rollout.vllm.urls: {field} is {worker[field]} at {server.name}, {first[field]} at "
-                        f"{servers[0].name}; start all servers alike"
-                    )
-    return first
-
-
-def _check_serves(name: str, worker: dict[str, Any], max_length: int) -> None:
-    """Refuses servers that cannot be filled with this model, or do not say what is needed."""
-    if worker["data_parallel"] != 1:
-        raise ConfigError(
-            f"{name}: has {worker['data_parallel']} data parallel copies of the model, of which only one would be "
-            "heard of; start as many servers instead"
-        )
-    if worker["logprobs_mode"] not in get_args(LogprobsMode):
-        raise ConfigError(
-            f"{name}: reports {worker['logprobs_mode']}; start it with --logprobs-mode "
-            f"{' or '.join(get_args(LogprobsMode))}"
-        )
-    if worker["max_model_len"] < max_length:
-        raise ConfigError(
-            f"{name}: takes {worker['max_model_len']} tokens of prompt and completion together, the run needs "
-            f"{max_length} (max_prompt_length + max_completion_length); start it with --max-model-len {max_length}"
-        )
-    if worker["tied"] and worker["device"] == "cpu":
-        raise ConfigError(
-            f"{name}: ties its embeddings, which cannot be renewed on a CPU; start it with "
-            """--hf-overrides '{"tie_word_embeddings": false}'"""
-        )
