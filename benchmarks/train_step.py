@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import step_shapes
+from columns import aligned
 from machine import describe_machine
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(cases))
+    print(aligned(COLUMNS, map(cells, cases)))
     return report
 
 
@@ -216,14 +217,6 @@ def cells(case: dict[str, Any]) -> list[str]:
 
 def row(case: dict[str, Any]) -> str:
     return "  ".join(cells(case))
-
-
-def table(cases: Sequence[dict[str, Any]]) -> str:
-    """All cases under their columns."""
-    lines = [list(COLUMNS), *(cells(case) for case in cases)]
-    full = [line for line in lines if len(line) == len(COLUMNS)]
-    widths = [max(len(line[i]) for line in full) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":

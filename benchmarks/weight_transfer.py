@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import step_shapes
+from columns import aligned
 from machine import command_line, describe_machine, options_of
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy")
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(cases))
+    print(aligned(COLUMNS, map(cells, cases)))
     print(f"goal: 3 GB of bfloat16 in below {GOAL['below_seconds']} s on one H200: {in_words(report)}")
     return report
 
@@ -136,14 +137,6 @@ def cells(case: dict[str, Any]) -> list[str]:
         f"{case['seconds_per_3_gb']:.3f}",
         parts,
     ]
-
-
-def table(cases: Sequence[dict[str, Any]]) -> str:
-    """All cases under their columns."""
-    lines = [list(COLUMNS), *(cells(case) for case in cases)]
-    full = [line for line in lines if len(line) == len(COLUMNS)]
-    widths = [max(len(line[i]) for line in full) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":
