@@ -50,7 +50,7 @@ tests() { # PYTEST ARGUMENTS...
     local cores workers
     cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
     workers=$((cores > 8 ? 8 : cores))
-    "$python" -m pytest -n "$((workers > 1 ? workers : 0))" --dist loadfile "$@"
+    "$python" -m pytest -n "$((workers > 1 ? workers : 0))" --dist loadfile --no-loadscope-reorder "$@"
 }
 
 # In the tests' environment only: the fast tier has one version, the soak two.

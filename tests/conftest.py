@@ -30,8 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
+# A file is run by one worker. These have few tests that take minutes: begun last, they would leave the others idle.
+LONG = ("test_quickstart.py", "test_vllm_engine.py", "test_vllm_soak.py", "test_kills.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the GPU's tests where there is none."""
+    """Puts the longest files first where several workers share the tests; skips the GPU's tests where there is none."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
