@@ -26,6 +26,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "Type that activations are computed in. Gradients are summed, and moments kept, in float32."
     )
+    attention: Literal["auto", "dense", "chunked", "cudnn", "triton"] = option(
+        "auto",
+        "How attention is computed: whole arrays of scores (dense), blocks of them (chunked), or a fused kernel on a "
+        "GPU. auto takes the fastest that fits type, head size, mask and length, and says which.",
+    )
     param_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
         "Type that parameters are kept in. bfloat16 halves them and rounds each update up or down at random, so that "

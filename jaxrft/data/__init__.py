@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = exports(
         "PromptOrder": "jaxrft.data.order",
         "PromptSet": "jaxrft.data.prompts",
         "bucket_length": "jaxrft.data.batching",
+        "halvings": "jaxrft.data.batching",
         "encode_text": "jaxrft.data.tokenizers",
         "load_function": "jaxrft.data.functions",
         "load_rows": "jaxrft.data.load",

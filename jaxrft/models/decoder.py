@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxrft import parallel
-from jaxrft.models.attention import cache_mask, causal_mask
+from jaxrft.models.attention import AttentionMask, cache_mask, causal_mask, segment_starts
+from jaxrft.models.attention.choice import Use, choose, choose_decode
 from jaxrft.models.layers import DecoderLayer, Embedding, LayerCache, Linear, RMSNorm
 from jaxrft.models.precision import matmul_precision
 from jaxrft.models.projection import leading
@@ -29,6 +32,7 @@ class Decoder(nnx.Module):
     Attributes:
         remat: what the backward pass keeps of each layer.
         scan_layers: whether ``hidden`` runs the layers in a loop.
+        attention: which implementation attends, of ``jaxrft.models.attention.choice.CHOICES``.
     """
 
     def __init__(self, spec: DecoderSpec, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -36,6 +40,7 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.remat = Remat()
         self.scan_layers = False
+        self.attention = "auto"
         # The config.json and generation_config.json that the model came with, as text: static and hashable.
         self.hf_config: str | None = None
         self.generation_config: str | None = None
@@ -73,14 +78,14 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: right-padded rows, or rows packed with several segments.
-            lengths: valid tokens of each row; what stands behind them is computed and means nothing.
+            lengths: valid tokens of each row; what stands behind them means nothing.
             positions: position of each token; None counts from 0 in each row, or in each segment.
-            segment_ids: equal for tokens that may see each other.
+            segment_ids: equal for tokens that may see each other, which stand side by side.
             media: embeddings of images, video or audio; text decoders take none.
         """
         if media is not None:
             raise ValueError("media: this is a text model; it takes none")
-        x, rope, masks = self._start(tokens, positions, segment_ids)
+        x, rope, masks = self._start(tokens, lengths, positions, segment_ids, scan=self.scan_layers)
         windows = list(masks)
         chosen = [windows.index(self.spec.sliding_window(index)) for index in range(self.spec.num_layers)]
         x = run_layers(self.layers, x, rope, list(masks.values()), chosen, remat=self.remat, scan=self.scan_layers)
@@ -90,7 +95,7 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "batch time"], lengths: Int[Array, "batch"]
     ) -> tuple[Float[Array, "batch hidden"], list[LayerCache]]:
         """Hidden state of each row's last valid token, and every layer's keys and values."""
-        x, rope, masks = self._start(tokens, None, None)
+        x, rope, masks = self._start(tokens, lengths, None, None)
         caches = []
         for index, layer in enumerate(self.layers):
             x, cache = layer(x, rope, masks[self.spec.sliding_window(index)])
@@ -109,10 +114,11 @@ class Decoder(nnx.Module):
             window: static; only the first ``window`` cached tokens are looked at. Above every position.
         """
         rope = rope_tables(positions[:, None], self.spec.rope, self.spec.head_dim)
-        masks = {w: cache_mask(positions, window, w) for w in self._windows()}
+        kernel = choose_decode(self.attention, self._use(window, parallel.current()))
+        masks = {w: cache_mask(positions, w, kernel) for w in self._windows()}
         x, new = self.embed(tokens[:, None]), []
         for index, (layer, cache) in enumerate(zip(self.layers, caches)):
-            x, cache = layer.decode(x, rope, cache, positions, masks[self.spec.sliding_window(index)])
+            x, cache = layer.decode(x, rope, cache, positions, masks[self.spec.sliding_window(index)], window)
             new.append(cache)
         return self.final_norm(x)[:, 0], new
 
@@ -139,12 +145,32 @@ class Decoder(nnx.Module):
         """Every sliding window that occurs, in the order of the layers."""
         return list(dict.fromkeys(self.spec.sliding_window(index) for index in range(self.spec.num_layers)))
 
-    def _start(self, tokens, positions, segment_ids):
+    def _use(self, keys: int, layout: parallel.Layout | None) -> Use:
+        """What attention over rows of so many keys is wanted for."""
+        return Use(
+            platform="cpu" if jax.default_backend() == "cpu" else "gpu",
+            dtype=jnp.dtype(self.dtype).name,
+            head_dim=self.spec.head_dim,
+            keys=keys,
+            shares_time=layout is not None and not layout.decoding and layout.mesh.shape["sequence"] > 1,
+        )
+
+    def _start(self, tokens, lengths, positions, segment_ids, scan=False):
         """What goes into the first layer, the rotary tables, and the mask of each window that occurs."""
         if positions is None:
             positions = default_positions(tokens, segment_ids)
         rope = rope_tables(positions, self.spec.rope, self.spec.head_dim)
-        return self.embed(tokens), rope, {w: causal_mask(tokens.shape[1], w, segment_ids) for w in self._windows()}
+        windows = self._windows()
+        use = self._use(tokens.shape[1], parallel.current())
+        use = dataclasses.replace(use, packed=segment_ids is not None, mixed=scan and len(windows) > 1)
+
+        def mask(window: int | None) -> AttentionMask:
+            kernel = choose(self.attention, dataclasses.replace(use, window=None if use.mixed else window))
+            made = causal_mask(tokens.shape[1], window, segment_ids, lengths, kernel)
+            # One program serves all layers of a loop: what is static must be the same.
+            return dataclasses.replace(made, window=None) if use.mixed else made
+
+        return self.embed(tokens), rope, {window: mask(window) for window in windows}
 
 
 def default_positions(
@@ -152,7 +178,4 @@ def default_positions(
 ) -> Int[Array, "batch time"]:
     """Positions that count from 0 in each row, or from each start of a new segment."""
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    if segment_ids is None:
-        return index
-    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], 1) != 0
-    return index - jnp.maximum.accumulate(jnp.where(starts, index, 0), axis=1)
+    return index if segment_ids is None else index - segment_starts(segment_ids)

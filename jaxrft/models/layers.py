@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxrft import parallel
-from jaxrft.models.attention import attend
+from jaxrft.models.attention import AttentionMask, attend
 from jaxrft.models.elementwise import rms_norm, swiglu
 from jaxrft.models.projection import lookup, project
 from jaxrft.models.rope import RopeTables, apply_rope
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps, axis="head_dim")
 
     def __call__(
-        self, x: Float[Array, "batch time hidden"], rope: RopeTables, mask: Bool[Array, "one_or_batch time time"]
+        self, x: Float[Array, "batch time hidden"], rope: RopeTables, mask: AttentionMask
     ) -> tuple[Float[Array, "batch time hidden"], LayerCache]:
         """Whole sequences; also returns their keys and values."""
         query, cache = self._project(x, rope)
@@ -124,13 +124,13 @@ class Attention(nnx.Module):
         rope: RopeTables,
         cache: LayerCache,
         positions: Int[Array, "slots"],
-        mask: Bool[Array, "slots 1 window"],
+        mask: AttentionMask,
+        window: int,
     ) -> tuple[Float[Array, "slots 1 hidden"], LayerCache]:
         """One new token a slot: writes it at ``positions`` and attends to the first ``window`` cached ones."""
         query, new = self._project(x, rope)
         rows = jnp.arange(x.shape[0])
         cache = LayerCache(*(c.at[rows, :, positions].set(n[:, :, 0]) for c, n in zip(cache, new)))
-        window = mask.shape[-1]
         return self._finish(attend(query, cache.key[:, :, :window], cache.value[:, :, :window], mask)), cache
 
     def _project(self, x: Array, rope: RopeTables) -> tuple[Array, LayerCache]:
@@ -174,7 +174,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(spec, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch time hidden"], rope: RopeTables, mask: Bool[Array, "one_or_batch time time"]
+        self, x: Float[Array, "batch time hidden"], rope: RopeTables, mask: AttentionMask
     ) -> tuple[Float[Array, "batch time hidden"], LayerCache]:
         """Whole sequences; also returns their keys and values."""
         attended, cache = self.attention(self.attention_norm(x), rope, mask)
@@ -187,9 +187,10 @@ class DecoderLayer(nnx.Module):
         rope: RopeTables,
         cache: LayerCache,
         positions: Int[Array, "slots"],
-        mask: Bool[Array, "slots 1 window"],
+        mask: AttentionMask,
+        window: int,
     ) -> tuple[Float[Array, "slots 1 hidden"], LayerCache]:
         """One new token a slot; returns the cache with it."""
-        attended, cache = self.attention.decode(self.attention_norm(x), rope, cache, positions, mask)
+        attended, cache = self.attention.decode(self.attention_norm(x), rope, cache, positions, mask, window)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache

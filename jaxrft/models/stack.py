@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxrft import parallel
+from jaxrft.models.attention import AttentionMask
 from jaxrft.models.rope import RopeTables
 
 # Tensors of a layer that carry a name, in the order in which they are computed.
@@ -67,7 +68,7 @@ def run_layers(
     layers: Sequence[nnx.Module],
     x: Float[Array, "batch time hidden"],
     rope: RopeTables,
-    masks: Sequence[Bool[Array, "one_or_batch time time"]],
+    masks: Sequence[AttentionMask],
     chosen: Sequence[int],
     *,
     remat: Remat,
@@ -93,11 +94,11 @@ def run_layers(
         for state, mask in zip(states, chosen):
             x = run(x, state, rope, masks[mask])
         return x
-    every = jnp.stack(list(masks)) if len(masks) > 1 else None
+    every = jax.tree.map(lambda *arrays: jnp.stack(arrays), *masks) if len(masks) > 1 else None
 
     def body(x: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
         state, mask = layer
-        return run(x, state, rope, masks[0] if every is None else every[mask]), None
+        return run(x, state, rope, masks[0] if every is None else jax.tree.map(lambda a: a[mask], every)), None
 
     return jax.lax.scan(body, x, (_stacked(states), jnp.asarray(chosen)))[0]
 

@@ -11,7 +11,8 @@ import numpy as np
 from jaxrft.rollout.programs import Caches, Prefilled, Programs
 from jaxrft.rollout.records import SamplingParams
 from jaxrft.rollout.sampling import modes, sampling_values
-from jaxrft.rollout.scheduler import Group, Scheduler, bucket, pad_prompts
+from jaxrft.rollout.scheduler import Group, Scheduler, cache_bucket, pad_prompts
+from jaxrft.rollout.slots import SlotState
 
 
 class Loop:
@@ -42,8 +43,8 @@ class Loop:
         self._steps, self._max_length, self._max_prefill_tokens = steps, max_length, max_prefill_tokens
         self._values = sampling_values(sampling, eos_ids)
         self._first_mode, self._mode = modes(sampling)
-        self._state = programs.start(scheduler.slots, self._values)
-        self._caches: Caches | None = None
+        self._state: SlotState | None = None  # with the caches, from the first prompts on
+        self._caches: Caches = []
         self._groups: list[Group] = []  # those of self._prompts that wait for slots
         self._prompts: Prefilled | None = None
         self._unread: collections.deque[tuple[jax.Array, np.ndarray]] = collections.deque()
@@ -71,9 +72,10 @@ class Loop:
             self._prompts = self._programs.prefill(self._leaves, tokens, lengths)
         assert self._prompts is not None
         placement = self._scheduler.place(self._groups)
-        self._state = self._programs.place(self._state, self._prompts.logits, placement, self._values, self._first_mode)
-        caches = self._fitting_caches(self._scheduler.cached_after(self._steps))
-        self._caches = self._programs.copy(caches, self._prompts.caches, placement.row)
+        state = self._fit_caches(self._scheduler.cached_after(self._steps))
+        self._state, self._caches = self._programs.admit(
+            state, self._caches, self._prompts, placement, self._values, self._first_mode
+        )
         if not self._groups:
             self._prompts = None
 
@@ -82,10 +84,11 @@ class Loop:
         owner = self._scheduler.book(self._steps)
         if owner is None:
             return False
+        state = self._fit_caches(self._scheduler.cached_after(0))
         self._state, self._caches, packed = self._programs.decode(
             self._leaves,
-            self._state,
-            self._fitting_caches(self._scheduler.cached_after(0)),
+            state,
+            self._caches,
             self._scheduler.ended.copy(),
             self._values,
             steps=self._steps,
@@ -94,10 +97,11 @@ class Loop:
         self._unread.append((packed, owner))
         return True
 
-    def _fitting_caches(self, length: int) -> Caches:
-        length = bucket(length, self._max_length)
-        if self._caches is None:
-            return self._programs.empty(self._leaves, self._scheduler.slots, length)
-        if self._caches[0].key.shape[2] == length:
-            return self._caches
-        return self._programs.resize(self._caches, length)
+    def _fit_caches(self, length: int) -> SlotState:
+        length = cache_bucket(length, self._max_length)
+        if self._state is None:
+            slots = self._scheduler.slots
+            self._state, self._caches = self._programs.begin(self._leaves, self._values, slots=slots, length=length)
+        elif self._caches[0].key.shape[2] != length:
+            self._caches = self._programs.resize(self._caches, length)
+        return self._state

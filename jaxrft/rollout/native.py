@@ -27,8 +27,9 @@ class NativeEngine:
 
     Each prompt is run once for all completions of its request. Then chunks of ``decode_chunk`` tokens are
     decoded for all slots; between them the host takes out what has ended and puts in what waits. A chunk
-    attends to a bucket (16, 24, 32, 48, 64, ...) of cached tokens that holds the longest live slot. A
-    completion ends with finish reason ``length`` when prompt and completion fill ``max_length``.
+    attends to caches that hold the longest live slot: of ``max_length`` tokens, a half, a quarter or an
+    eighth of that, so that few programs are compiled. A completion ends with finish reason ``length`` when
+    prompt and completion fill ``max_length``.
 
     Args:
         model: a :class:`jaxrft.models.Decoder`.
@@ -74,7 +75,7 @@ class NativeEngine:
         self._treedef: Any = jax.tree.structure(params)
         self._leaves: tuple[jax.Array, ...] | None = None
         self.update_weights(params, version=0)
-        self._vocab_size = model.spec.vocab_size
+        self._vocab_size, self._dtype = model.spec.vocab_size, jax.numpy.dtype(model.dtype)
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids_of(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._max_slots, self._max_length = max_slots, max_length
@@ -120,7 +121,7 @@ class NativeEngine:
         try:
             Loop(
                 self._programs,
-                leaves,
+                self._programs.cast(leaves, self._dtype),
                 scheduler,
                 sampling,
                 self._eos_ids,

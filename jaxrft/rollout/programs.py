@@ -1,8 +1,8 @@
 """The compiled programs of the native engine.
 
-A round of the engine is: ``prefill`` some prompts, ``place`` them in free slots (draws each completion's
-first token) and ``copy`` their keys and values there, ``resize`` the caches to the bucket that the longest
-live slot needs, ``decode`` a chunk of tokens.
+A round of the engine is: ``prefill`` some prompts, ``admit`` them to free slots (draws each completion's
+first token, and copies the prompt's keys and values there), ``resize`` the caches to the bucket that the
+longest live slot needs, ``decode`` a chunk of tokens.
 
 The caches are as long as what is attended to, not as the longest completion there may be: a chunk reads
 no more than it must, needs no second copy of the part it reads, and holds no memory for tokens to come.
@@ -60,23 +60,26 @@ class Programs:
         self._graphdef, self._treedef = graphdef, treedef
         self._layout = None if mesh is None else Layout(mesh, decoding=True)
         self.compiled: set[tuple[Any, ...]] = set()
-        self._start = jax.jit(self._sharing(empty_state), static_argnames="slots")
-        self._empty = jax.jit(self._empty_impl, static_argnames=("slots", "length"))
+        self._cast = jax.jit(_cast, static_argnames="dtype")
+        self._begin = jax.jit(self._begin_impl, static_argnames=("slots", "length"))
         self._prefill = jax.jit(self._prefill_impl)
-        self._place = jax.jit(self._sharing(place), static_argnames="mode", donate_argnames="state")
-        self._take = jax.jit(lambda logits, row: logits[jnp.maximum(row, 0)])
-        self._copy = jax.jit(self._sharing(copy_rows), donate_argnames="cache")
-        self._resize = jax.jit(self._sharing(resize), static_argnames="length")
+        self._admit = jax.jit(self._admit_impl, static_argnames="mode", donate_argnames=("state", "caches"))
+        self._resize = jax.jit(self._resize_impl, static_argnames="length")
         statics = ("steps", "mode")
         self._decode = jax.jit(self._decode_impl, static_argnames=statics, donate_argnames=("state", "caches"))
 
-    def start(self, slots: int, values: SamplingValues) -> SlotState:
-        """Slots with nothing in them."""
-        return self._call(("start", slots), self._start, values.key, slots=slots)
+    def cast(self, leaves: tuple[Array, ...], dtype: Any) -> tuple[Array, ...]:
+        """The model's matrices in the type that it computes in, where they are kept in another.
 
-    def empty(self, leaves, slots: int, length: int) -> Caches:
-        """Caches of ``length`` tokens for ``slots`` completions."""
-        return self._call(("empty", slots, length), self._empty, leaves, slots=slots, length=length)
+        Cast where they are used, they would be read in the wider type at every chunk of tokens.
+        """
+        if all(leaf.ndim < 2 or leaf.dtype == dtype for leaf in leaves):
+            return leaves
+        return self._call(("cast", dtype), self._cast, leaves, dtype=dtype)
+
+    def begin(self, leaves, values: SamplingValues, *, slots: int, length: int) -> tuple[SlotState, Caches]:
+        """Slots with nothing in them, and caches of ``length`` tokens for each."""
+        return self._call(("begin", slots, length), self._begin, leaves, values.key, slots=slots, length=length)
 
     def prefill(
         self, leaves, tokens: Int[np.ndarray, "prompts time"], lengths: Int[np.ndarray, "prompts"]
@@ -84,27 +87,21 @@ class Programs:
         """Runs right-padded prompts."""
         return self._call(("prefill", *tokens.shape), self._prefill, leaves, tokens, lengths)
 
-    def place(
+    def admit(
         self,
         state: SlotState,
-        logits: Float[Array, "prompts vocab"],
+        caches: Caches,
+        prompts: Prefilled,
         placement: Placement,
         values: SamplingValues,
         mode: Mode,
-    ) -> SlotState:
-        """Starts completions in slots: draws the first token of each."""
-        slots = len(placement.row)
-        logits = self._call(("take", len(logits), slots), self._take, logits, placement.row)
-        key = ("place", slots, values.stop_ids.size, mode)
-        return self._call(key, self._place, state, logits, placement, values, mode=mode)
-
-    def copy(self, caches: Caches, prompts: Caches, row: Int[np.ndarray, "slots"]) -> Caches:
-        """Puts row ``row`` of ``prompts`` at the start of every slot whose ``row`` is not negative.
+    ) -> tuple[SlotState, Caches]:
+        """Starts completions in slots: draws the first token of each, and copies what its prompt left to the caches.
 
         Columns of ``prompts`` past the end of ``caches`` are left out: they must be padding.
         """
-        key = ("copy", *prompts[0].key.shape, *caches[0].key.shape)
-        return [self._call(key, self._copy, cache, new, row) for cache, new in zip(caches, prompts)]
+        key = ("admit", *prompts.caches[0].key.shape, *caches[0].key.shape, values.stop_ids.size, mode)
+        return self._call(key, self._admit, state, caches, prompts, placement, values, mode=mode)
 
     def resize(self, caches: Caches, length: int) -> Caches:
         """Caches of ``length`` tokens with the same content. Consumes the list: only one layer is there twice."""
@@ -150,8 +147,17 @@ class Programs:
         """The context in which the model's code is traced."""
         return contextlib.nullcontext() if self._layout is None else self._layout.use()
 
-    def _empty_impl(self, leaves, *, slots, length):
-        return self._share_out(self._model(leaves).init_cache(slots, length))
+    def _begin_impl(self, leaves, key, *, slots, length):
+        return self._share_out((empty_state(key, slots=slots), self._model(leaves).init_cache(slots, length)))
+
+    def _admit_impl(self, state, caches, prompts, placement, values, *, mode):
+        logits = prompts.logits[jnp.maximum(placement.row, 0)]
+        state = place(state, logits, placement, values, mode=mode)
+        caches = [copy_rows(cache, new, placement.row) for cache, new in zip(caches, prompts.caches)]
+        return self._share_out((state, caches))
+
+    def _resize_impl(self, cache, *, length):
+        return self._share_out(resize(cache, length=length))
 
     def _prefill_impl(self, leaves, tokens, lengths):
         with self._traced():
@@ -185,15 +191,6 @@ class Programs:
         packed = jnp.concatenate([log.tokens, *floats, state.produced[None], state.done[None].astype(jnp.int32)])
         return self._share_out(state), self._share_out(caches), packed
 
-    def _sharing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` with what it returns shared out."""
-
-        @functools.wraps(function)
-        def run(*arguments: Any, **statics: Any) -> Any:
-            return self._share_out(function(*arguments, **statics))
-
-        return run
-
     def _share_out(self, tree: Any) -> Any:
         """Splits first axes over the devices that take rows, and caches over those that take heads."""
         layout = self._layout
@@ -205,6 +202,11 @@ class Programs:
             return layout.named(layout.activation(axes, x.shape))
 
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(sharding, tree))
+
+
+def _cast(leaves: tuple[Array, ...], *, dtype: Any) -> tuple[Array, ...]:
+    # Vectors, as of norms, are used as they are kept.
+    return tuple(leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves)
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrft.data.batching import halvings
 from jaxrft.rollout.records import Completion, FinishReason, Request, SamplingParams
 from jaxrft.rollout.slots import Placement
 from jaxrft.rollout.stopping import stop_text_end
@@ -22,11 +23,14 @@ def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def bucket(length: int, maximum: int) -> int:
-    """Smallest of 16, 24, 32, 48, 64, ... that holds ``length``, at most ``maximum``."""
-    size = max(power_of_two(length), SMALLEST_BUCKET)
-    middle = size // 4 * 3
-    return min(middle if size > SMALLEST_BUCKET and length <= middle else size, maximum)
+def cache_bucket(length: int, maximum: int) -> int:
+    """Tokens of a cache that holds ``length``: the maximum, its half, a quarter or an eighth, rounded up to 16."""
+    return next(size for size in halvings(maximum, SMALLEST_BUCKET) if size >= length)
+
+
+def prompt_bucket(length: int, maximum: int) -> int:
+    """Tokens that a prompt is padded to: a power of two, at most those of the longest cache."""
+    return min(max(power_of_two(length), SMALLEST_BUCKET), halvings(maximum, SMALLEST_BUCKET)[-1])
 
 
 @dataclasses.dataclass
@@ -208,7 +212,7 @@ def pad_prompts(
     """Right-padded prompts and their lengths, both axes rounded up to a bucket."""
     lengths = np.ones(power_of_two(len(groups)), np.int32)
     lengths[: len(groups)] = [len(group.prompt) for group in groups]
-    tokens = np.zeros((len(lengths), bucket(int(lengths.max()), max_length)), np.int32)
+    tokens = np.zeros((len(lengths), prompt_bucket(int(lengths.max()), max_length)), np.int32)
     for row, group in enumerate(groups):
         tokens[row, : lengths[row]] = group.prompt
     return tokens, lengths

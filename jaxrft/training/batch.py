@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrft.data.batching import bucket_length
 from jaxrft.data.packing import pack
 from jaxrft.parallel import Layout
-from jaxrft.training.filling import Parts, Shape, fill, shape_of
+from jaxrft.training.filling import Limits, Parts, Shape, fill, shape_of
 from jaxrft.training.forward import AnyArray
 
 
@@ -106,6 +106,7 @@ def make_batch(
     first_token_temperature: float | None = None,
     pick: bool = True,
     multiple: int = 1,
+    limits: Limits | None = None,
 ) -> TrainBatch:
     """Host arrays of ``len(samples) / rows`` micro-batches, each row one sample, padded to bucketed lengths.
 
@@ -118,9 +119,11 @@ def make_batch(
         first_token_temperature: of each response's first token, where it differs.
         pick: project only the response tokens to the vocabulary; else every time step, as where time is sharded.
         multiple: of which the rows' length must be one.
+        limits: of the run; None: shapes follow from these samples alone.
     """
+    time, response = (longest_bucket(samples, multiple), None) if limits is None else limits.fitting(samples, multiple)
     parts = [[[i] for i in range(start, start + rows)] for start in range(0, len(samples), rows)]
-    shape = shape_of(samples, parts, rows, longest_bucket(samples, multiple), rows, pick)
+    shape = shape_of(samples, parts, rows, time, rows, pick, response)
     batch = _batch(samples, parts, shape, pick, temperature, first_token_temperature)
     return dataclasses.replace(batch, segment_ids=None)
 
@@ -135,6 +138,7 @@ def pack_batch(
     first_token_temperature: float | None = None,
     devices: int = 1,
     pick: bool = True,
+    limits: Limits | None = None,
 ) -> TrainBatch:
     """Host arrays of micro-batches whose rows hold several samples each.
 
@@ -147,7 +151,7 @@ def pack_batch(
         time: tokens of a row.
         steps: optimizer steps that share the samples.
         devices: that share the rows of a micro-batch.
-        temperature, first_token_temperature, pick: as for :func:`make_batch`.
+        temperature, first_token_temperature, pick, limits: as for :func:`make_batch`.
 
     Raises:
         ValueError: a sample is longer than a row.
@@ -162,7 +166,8 @@ def pack_batch(
     each = bucket_length(int(used.max()), minimum=1)
     parts = [part for found in packed for part in [*found, *[[]] * (each - len(found))]]
     most = bucket_length(max(sum(map(len, part)) for part in parts), minimum=1)
-    shape = shape_of(samples, parts, rows, time, most + -most % devices, pick)
+    response = None if limits is None else limits.fitting(samples)[1]
+    shape = shape_of(samples, parts, rows, time, most + -most % devices, pick, response)
     batch = _batch(samples, parts, shape, pick, temperature, first_token_temperature)
     return dataclasses.replace(batch, used=used)
 

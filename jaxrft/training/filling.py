@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxrft.data.batching import bucket_length
+from jaxrft.data.batching import bucket_length, halvings
 
 if TYPE_CHECKING:
     from jaxrft.training.batch import Sample
@@ -28,7 +29,42 @@ class Shape:
     response: int
 
 
-def shape_of(samples: Sequence[Sample], parts: Parts, rows: int, time: int, places: int, pick: bool) -> Shape:
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The longest that a run's samples may be; with them, its batches have one of few shapes.
+
+    Attributes:
+        sample: tokens of prompt and response.
+        response: tokens of a response.
+    """
+
+    sample: int
+    response: int
+
+    def fitting(self, samples: Sequence[Sample], multiple: int = 1) -> tuple[int, int]:
+        """Tokens of a row for the longest sample, and of the longest response: halved both or neither.
+
+        Args:
+            multiple: of which a row's length must be one.
+        """
+        time, response = max(s.length for s in samples), max(len(s.response_ids) for s in samples)
+        # A caller's own samples may be longer than the run's.
+        rows = halvings(max(self.sample, time), math.lcm(8, multiple))
+        responses = halvings(max(self.response, response), 4)
+        steps = range(min(len(rows), len(responses)), 0, -1)
+        step = next(step for step in steps if rows[-step] >= time and responses[-step] >= response)
+        return rows[-step], min(responses[-step], rows[-step])
+
+
+def shape_of(
+    samples: Sequence[Sample],
+    parts: Parts,
+    rows: int,
+    time: int,
+    places: int,
+    pick: bool,
+    response: int | None = None,
+) -> Shape:
     """Sizes that hold all micro-batches, bucketed where they are not given.
 
     Args:
@@ -37,15 +73,21 @@ def shape_of(samples: Sequence[Sample], parts: Parts, rows: int, time: int, plac
         rows, time: of a micro-batch.
         places: samples of a micro-batch, empty places among them.
         pick: whether only response tokens are projected to the vocabulary.
+        response: tokens of a response; None: as the longest needs.
     """
     sizes = [len(s.response_ids) for s in samples]
     picked = max(sum(sizes[i] for i in row) for part in parts for row in part)
+    if response is None:
+        picks, response = bucket_length(picked, minimum=4), bucket_length(max(sizes), minimum=4)
+    else:
+        # Of rows with one sample each, as many as a response has; packed ones are projected whole, or half.
+        picks = response if picked <= response else next(n for n in halvings(time, 4, 2) if n >= picked)
     return Shape(
         rows=rows,
         time=time,
-        picks=min(bucket_length(picked, minimum=4), time) if pick else time,
+        picks=min(picks, time) if pick else time,
         samples=places,
-        response=bucket_length(max(sizes), minimum=4),
+        response=response,
     )
 
 

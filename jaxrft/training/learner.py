@@ -22,11 +22,11 @@ from jaxrft.training.batch import (
     TrainBatch,
     batch_shardings,
     in_list_order,
-    longest_bucket,
     make_batch,
     pack_batch,
     select_step,
 )
+from jaxrft.training.filling import Limits
 from jaxrft.training.optimizer import adamw, schedule
 from jaxrft.training.state import Placement, make_init
 from jaxrft.training.step import make_score, make_train_step
@@ -158,7 +158,7 @@ def make_rows(config: RLConfig, samples: Sequence[Sample]) -> TrainBatch:
     micro = config.per_device_train_batch_size * devices
     if not config.batching.pack:
         return padded_rows(config, samples, micro)
-    longest = longest_bucket(samples, multiple)
+    longest = limits_of(config).fitting(samples, multiple)[0]
     time = config.batching.row_length or longest
     time += -time % multiple
     tokens = config.batching.tokens_per_device or config.per_device_train_batch_size * longest
@@ -172,9 +172,15 @@ def padded_rows(config: RLConfig, samples: Sequence[Sample], rows: int) -> Train
     return make_batch(samples, rows, multiple=config.parallel.sequence, **_scoring(config))
 
 
+def limits_of(config: RLConfig) -> Limits:
+    """The longest that a run's samples may be."""
+    return Limits(config.max_prompt_length + config.max_completion_length, config.max_completion_length)
+
+
 def _scoring(config: RLConfig) -> dict[str, Any]:
-    """How log-probabilities are taken."""
+    """How log-probabilities are taken, and of what shapes."""
     return {
+        "limits": limits_of(config),
         "temperature": config.temperature,
         "first_token_temperature": config.rollout.first_token_temperature,
         # Where the time axis is shared out, picking places along it would gather all hidden states.

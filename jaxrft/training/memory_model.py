@@ -8,7 +8,8 @@ tensor) the sum is within 20%, where it is above 50 MiB. What GPU programs hold 
 
 from __future__ import annotations
 
-from jaxrft.data.batching import bucket_length
+from jaxrft.data.batching import bucket_length, halvings
+from jaxrft.models.attention.choice import ACCELERATOR_DENSE_KEYS, DENSE_KEYS
 from jaxrft.models.logprobs import logits_elements
 from jaxrft.training.memory_sizes import FLOAT32, Sizes
 
@@ -121,11 +122,11 @@ def rollout_items(sizes: Sizes) -> Items:
     slots = max(min(config.rollout.max_slots, config.rollout_samples) / devices, 1)
     kv_heads = spec.num_kv_heads / (sizes.tensor if spec.num_kv_heads % sizes.tensor == 0 else 1)
     entry = 2 * kv_heads * spec.head_dim * sizes.itemsize
-    longest = bucket_length(config.max_prompt_length + config.max_completion_length)
+    longest = halvings(config.max_prompt_length + config.max_completion_length, 16)[-1]
     whole = sizes.whole.param_bytes
     return {
         "engine's parameters": whole if sizes.shares_params else 0,
-        # Cast once for all tokens of a chunk.
+        # Cast once for a rollout.
         "parameters in use": whole * sizes.itemsize / sizes.param_itemsize if sizes.casts else 0,
         # One layer is there twice while caches grow.
         "caches": slots * longest * entry * (spec.num_layers + 1),
@@ -138,6 +139,7 @@ def _prompts(sizes: Sizes, entry: float, devices: int) -> float:
     config, spec = sizes.config, sizes.spec
     time = bucket_length(config.max_prompt_length)
     prompts = max(min(PREFILL_TOKENS // time, config.rollout_prompts), 1) / devices
-    scores = 2 * FLOAT32 * time * spec.num_heads / sizes.tensor
+    whole = time <= DENSE_KEYS.get(sizes.platform, ACCELERATOR_DENSE_KEYS)
+    scores = 2 * FLOAT32 * time * spec.num_heads / sizes.tensor if whole else 0.0
     layer = (4 * spec.hidden_size + 3 * spec.intermediate_size / sizes.tensor) * sizes.itemsize + scores
     return max(prompts, 1) * (time * (entry * spec.num_layers + layer) + 2 * spec.vocab_size * FLOAT32)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrft.config import RLConfig
-from jaxrft.data.batching import bucket_length
+from jaxrft.config import ConfigError, RLConfig
+from jaxrft.data.batching import halvings
+from jaxrft.models.attention import KERNELS
+from jaxrft.models.attention.choice import Use, choose
+from jaxrft.models.attention.chunked import ACCELERATOR_BLOCKS, BLOCKS
 from jaxrft.models.decoder import Decoder
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, describe
@@ -41,8 +45,33 @@ class Sizes:
         self.rows, self.time, self.picks = _rows(config, self.sequence)
         self.tokens = self.rows * self.time / self.sequence
         self.vocab = spec.vocab_size / (self.tensor if spec.vocab_size % self.tensor == 0 else 1)
+        self.attention = self._attention()
         self.state = _described(spec, config.model.param_dtype, layout)
         self.whole = _described(spec, config.model.param_dtype, dataclasses.replace(layout, strategy="ddp"))
+
+    def _attention(self) -> str:
+        """How attention over the rows of a micro-batch is computed; of several ways, that which takes most memory.
+
+        Raises:
+            ConfigError: the one that is asked for cannot do it.
+        """
+        windows = {self.spec.sliding_window(layer) for layer in range(self.spec.num_layers)}
+        mixed = self.scan and len(windows) > 1
+        use = Use(
+            platform=self.platform,
+            dtype=self.config.model.dtype,
+            head_dim=self.spec.head_dim,
+            keys=self.time,
+            packed=self.config.batching.pack,
+            shares_time=self.sequence > 1,
+            mixed=mixed,
+            here=self.platform == jax.default_backend(),
+        )
+        uses = [use] if mixed else [dataclasses.replace(use, window=window) for window in windows]
+        try:
+            return max((choose(self.config.model.attention, use) for use in uses), key=list(KERNELS)[::-1].index)
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from error
 
     @property
     def casts(self) -> bool:
@@ -93,8 +122,27 @@ class Sizes:
 
     @property
     def score_bytes(self) -> float:
-        """One float32 array of attention scores of a layer."""
-        return FLOAT32 * self.tokens * self.time * self.spec.num_heads / self.tensor
+        """One float32 array of attention scores of a layer, where there are such arrays."""
+        return self.whole_scores(self.tokens, self.time) if self.attention == "dense" else 0.0
+
+    def whole_scores(self, queries: float, keys: int) -> float:
+        """A float32 array of the scores of all heads of a device."""
+        return FLOAT32 * queries * keys * self.spec.num_heads / self.tensor
+
+    @property
+    def blocked_attention(self) -> tuple[float, float]:
+        """What attention without whole scores keeps for the backward pass, and holds in it, beside what has a name."""
+        if self.attention == "dense":
+            return 0.0, 0.0
+        norms = FLOAT32 * self.tokens * self.spec.num_heads / self.tensor
+        if self.attention != "chunked":
+            return norms, norms
+        # Its result in blocks; in the backward pass the cotangent likewise, the sum of the queries', and a block's
+        # scores, weights and cotangents.
+        heads = self.widths["attention"]
+        query_block, key_block = BLOCKS.get(self.platform, ACCELERATOR_BLOCKS)
+        tile = self.whole_scores(self.rows * min(query_block, self.time), min(key_block, self.time))
+        return norms + self.bytes_of(heads), self.bytes_of(heads) + FLOAT32 * self.tokens * heads + 4 * tile
 
     def bytes_of(self, channels: float) -> float:
         """A tensor of so many channels over the device's tokens."""
@@ -106,7 +154,7 @@ class Sizes:
         # The stream before and after attention, each with its norm, all that has a name, and the gated product.
         channels = 3 * self.spec.hidden_size + sum(self.widths.values()) + self.spec.intermediate_size / self.tensor
         # Attention's weights: float32 for the softmax's gradient, and as they enter the product.
-        return self.bytes_of(channels) + self.score_bytes * (1 + self.itemsize / FLOAT32)
+        return self.bytes_of(channels) + self.score_bytes * (1 + self.itemsize / FLOAT32) + self.blocked_attention[0]
 
     @property
     def kept_layer(self) -> float:
@@ -114,7 +162,9 @@ class Sizes:
         if self.remat in ("full", "offload"):
             return self.bytes_of(self.spec.hidden_size)
         if self.remat == "save":
-            return self.bytes_of(sum(self.widths[name] for name in {"layer_input", *self.config.memory.remat_names}))
+            names = {"layer_input", *self.config.memory.remat_names}
+            attention = self.blocked_attention[0] if "attention" in names else 0.0
+            return self.bytes_of(sum(self.widths[name] for name in names)) + attention
         if self.platform != "cpu" or self.scan:
             return self.whole_layer
         # Merged with the backward pass as well: both normed streams, the gate's sigmoid, half of the rotations, and
@@ -129,6 +179,7 @@ class Sizes:
         # Cotangents of the feed-forward block with its product, or of attention, when that block's three are gone.
         inner = self.bytes_of(widths["gate"])
         attention = self.bytes_of(widths["query"] * 2 + widths["key"] * 2) + self.score_bytes
+        attention += self.blocked_attention[1]
         cotangents = 4 * self.bytes_of(spec.hidden_size) + max(4 * inner, attention - 3 * inner)
         # In a loop, its share of what was kept is taken out of the whole; else it is there, or computed again.
         again = 0 if self.remat == "none" and not self.scan else self.whole_layer
@@ -141,9 +192,9 @@ def _rows(config: RLConfig, sequence: int) -> tuple[int, int, float]:
     def whole(length: int) -> int:
         return length + -length % sequence
 
-    longest = whole(bucket_length(config.max_prompt_length + config.max_completion_length, minimum=8))
+    longest = halvings(config.max_prompt_length + config.max_completion_length, math.lcm(8, sequence))[-1]
     rows, time = config.per_device_train_batch_size, longest
-    picks = min(bucket_length(config.max_completion_length, minimum=4), time)
+    picks = min(halvings(config.max_completion_length, 4)[-1], time)
     if config.batching.pack:
         time = whole(config.batching.row_length or longest)
         rows = max(1, (config.batching.tokens_per_device or rows * longest) // time)

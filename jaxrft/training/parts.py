@@ -89,6 +89,7 @@ def build_model(
     built = model if isinstance(model, Decoder) else _make_model(config, model, tokenizer, layout)
     built.remat = Remat(remat, tuple(config.memory.remat_names))
     built.scan_layers = config.memory.scan_layers
+    built.attention = config.model.attention
     return built
 
 

@@ -39,6 +39,7 @@ class Plan:
         limit: bytes that a run may count on; None where that is not known.
         remat: the policy: the config's, or the one that ``auto`` comes to.
         rows: completions of a micro-batch on a device.
+        attention: how a micro-batch's is computed.
         advice: settings that would make it fit, or that it has room for.
     """
 
@@ -47,6 +48,7 @@ class Plan:
     limit: float | None
     remat: str
     rows: int = 0
+    attention: str = "dense"
     advice: tuple[str, ...] = ()
 
     @property
@@ -81,7 +83,8 @@ class Plan:
         lines.append(f"  {'together':<30}" + "".join(_cell(total, unit) for total in totals))
         usable = "unknown" if self.limit is None else _text(self.limit)
         share = "" if self.engine_share is None else f", engine's share {self.engine_share:.0%}"
-        lines.append(f"  usable: {usable}; micro-batch {self.rows}, remat {self.remat}{share}")
+        chosen = f"micro-batch {self.rows}, remat {self.remat}, attention {self.attention}"
+        lines.append(f"  usable: {usable}; {chosen}{share}")
         return "\n".join([*lines, *(f"  {line}" for line in self.advice)])
 
 
@@ -185,6 +188,7 @@ def _best(
             limit=limit,
             remat=remat,
             rows=sizes.rows,
+            attention=sizes.attention,
         )
         if plan.fits:
             break

@@ -77,9 +77,9 @@ def test_layouts(run_python):
     assert found == [expected for _, expected in LAYOUTS]
 
 
-def program(**memory):
+def program(attention="auto", **memory):
     """The program of a gradient, as text."""
-    graphdef, params = nnx.split(model_of(memory={"remat": "none"} | memory))
+    graphdef, params = nnx.split(model_of(model={"attention": attention}, memory={"remat": "none"} | memory))
 
     def loss(params):
         return jnp.sum(nnx.merge(graphdef, params).hidden(jnp.ones((2, 8), jnp.int32)))
@@ -106,6 +106,17 @@ def test_remat_names():
     assert len(set(products)) == 4
     with pytest.raises(ConfigError, match=r"^memory\.remat_names: got \['scores'\], takes a list of layer_input, .*"):
         model_of(memory={"remat": "save", "remat_names": ["scores"]})
+
+
+def test_attention():
+    """Whole scores, or blocks of them in a loop; kernels of a GPU are refused without one."""
+    whole, blocks = program(attention="dense"), program(attention="chunked")
+    assert "while[" in blocks
+    assert "while[" not in whole
+    assert program(attention="auto") == whole
+    for kernel in ("cudnn", "triton"):
+        with pytest.raises(ValueError, match=f"got '{kernel}', which needs an NVIDIA GPU"):
+            program(attention=kernel)
 
 
 def test_scan_layers():

@@ -81,6 +81,7 @@ EFFECTS = {
     "model.scratch": f"{PARTS}::test_model",
     "model.tokenizer": f"{PARTS}::test_model",
     "model.dtype": f"{PARTS}::test_model",
+    "model.attention": f"{DEVICES}::test_attention",
     "model.param_dtype": f"{DEVICES}::test_param_dtype",
     "model.loss_scale": f"{DEVICES}::test_loss_scale",
     "model.loss_scale_steps": f"{DEVICES}::test_loss_scale",

@@ -21,7 +21,7 @@ def test_positions_restart_in_each_segment():
 
 def test_mask_by_definition():
     segment_ids = np.array([[0, 0, 0, 1, 1, 1, 1]])
-    mask = causal_mask(7, 3, segment_ids)
+    mask = np.asarray(causal_mask(7, 3, segment_ids).visible(np.arange(7)))
     for query in range(7):
         for key in range(7):
             seen = key <= query and query - key < 3 and segment_ids[0, key] == segment_ids[0, query]

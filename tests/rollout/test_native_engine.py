@@ -151,10 +151,10 @@ def test_programs_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
         names = [key[0] for key in programs.compiled]
         assert names.count("decode") == len(decodes) > 0
         assert names.count("prefill") == len(prefills) > 0
-        # 1 or 2 slots; caches of 16 or 24 tokens; 1 or 2 prompts of 16 or 24.
+        # 1 or 2 slots; caches of 16 or 32 tokens; 1 or 2 prompts of 16 or 32.
         assert names.count("decode") <= 4
         assert names.count("prefill") <= 4
-        assert names.count("place") <= 2
+        assert names.count("begin") <= 4
         engine.generate(requests, dataclasses.replace(sampling, seed=100, temperature=0.3))
         assert engine.compilations == count
 
@@ -180,5 +180,5 @@ def test_slots_are_shared_out_over_replicas(run_python) -> None:
         """.replace("\n        ", "\n"),
         devices=2,
     )
-    for program in ("_decode_impl", "place"):
+    for program in ("_decode_impl", "_begin_impl"):
         assert done.stderr.count(f"Finished XLA compilation of jit({program})") == 2  # once for each number of devices

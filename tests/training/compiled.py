@@ -30,6 +30,7 @@ def lower_step(config: RLConfig, spec: DecoderSpec, remat: str, layout: Layout |
     layout = layout or parts.build_layout(config)
     model = nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(0)))
     model.remat, model.scan_layers = Remat(remat, tuple(config.memory.remat_names)), config.memory.scan_layers
+    model.attention = config.model.attention
     graphdef, params = nnx.split(model)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, config.model.param_dtype), params)
     placement, optimizer = Placement(layout, config.memory.offload_optimizer), adamw(config)

@@ -209,11 +209,11 @@ def test_rows_of_packed_micro_batches():
         config = config_of(rows=64, length=1000, memory={"remat": "full"}, batching=batching)
         return plan_of(config, LARGE).update["activations kept"]
 
-    assert activations(pack=True) == activations() == activations(pack=True, tokens_per_device=64 * 1024)
-    assert activations(pack=True, tokens_per_device=32 * 1024) == activations() / 2
+    assert activations(pack=True) == activations() == activations(pack=True, tokens_per_device=64 * 1000)
+    assert activations(pack=True, tokens_per_device=32 * 1000) == activations() / 2
     # Whole rows: 15 of 2500 tokens.
     found = activations(pack=True, tokens_per_device=39_000, row_length=2500)
-    assert found == pytest.approx(activations() * 15 * 2500 / (64 * 1024))
+    assert found == pytest.approx(activations() * 15 * 2500 / (64 * 1000))
 
 
 def test_types():

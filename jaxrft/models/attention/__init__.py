@@ -1,0 +1,90 @@
+"""Attention: one function for all masks, devices and meshes, and the implementations it picks from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxrft import parallel
+from jaxrft.models.attention.chunked import attend_chunked
+from jaxrft.models.attention.cudnn import attend_cudnn
+from jaxrft.models.attention.dense import attend_dense
+from jaxrft.models.attention.mask import AttentionMask, cache_mask, causal_mask, segment_starts
+
+__all__ = ["KERNELS", "AttentionMask", "attend", "cache_mask", "causal_mask", "segment_starts"]
+
+
+def _triton(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
+    # Pallas is loaded where it is used.
+    from jaxrft.models.attention.triton import attend_triton
+
+    return attend_triton(query, key, value, mask)
+
+
+def _triton_decode(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
+    from jaxrft.models.attention.triton_decode import attend_triton_decode
+
+    return attend_triton_decode(query, key, value, mask)
+
+
+KERNELS: dict[str, Callable[..., Array]] = {
+    "dense": attend_dense,
+    "chunked": attend_chunked,
+    "cudnn": attend_cudnn,
+    "triton": _triton,
+    "triton_decode": _triton_decode,
+}
+
+
+def attend(
+    query: Float[Array, "batch time heads head_dim"],
+    key: Float[Array, "batch kv_heads keys head_dim"],
+    value: Float[Array, "batch kv_heads keys head_dim"],
+    mask: AttentionMask,
+) -> Float[Array, "batch time heads head_dim"]:
+    """Grouped-query attention with float32 scores and softmax, by the implementation that the mask names.
+
+    Under a layout each device attends with its own rows, its own heads and its own time steps of the queries, to
+    keys and values of the whole row, which are gathered where the time axis is sharded (context parallelism as in
+    arXiv:2407.21783, section 3.3.2).
+    """
+    layout = parallel.current()
+    if layout is None:
+        return KERNELS[mask.kernel](query, key, value, mask)
+    queries = layout.activation(("batch", "time", "heads", None), query.shape)
+    key, value = (_align_heads(a, query.shape[2], layout.mesh.shape["tensor"], queries) for a in (key, value))
+    keys = PartitionSpec(queries[0], queries[2], None, None)
+    places: Any = PartitionSpec(queries[0] if mask.first.shape[0] > 1 else None, queries[1])
+    lengths: Any = None if mask.lengths is None else PartitionSpec(queries[0])
+    masks = dataclasses.replace(mask, first=places, last=places, lengths=lengths)
+    sharded = jax.shard_map(_attend_locally, mesh=layout.mesh, in_specs=(queries, keys, keys, masks), out_specs=queries)
+    return sharded(query, key, value, mask)
+
+
+def _attend_locally(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
+    """On one device of a mesh: what is the same on several is first made to be each one's own."""
+    arrays = (query, key, value, mask)
+    varying: frozenset[str] = functools.reduce(
+        lambda a, b: a | b, (jax.typeof(a).mat.varying for a in jax.tree.leaves(arrays))
+    )
+
+    def own(array: Array) -> Array:
+        missing = tuple(varying - jax.typeof(array).mat.varying)
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return KERNELS[mask.kernel](*jax.tree.map(own, arrays))
+
+
+def _align_heads(x: Array, heads: int, tensor: int, queries: PartitionSpec) -> Array:
+    """Keys or values with each key head where its query heads are: repeated where there are fewer than devices."""
+    kv_heads = x.shape[1]
+    if queries[2] is None or kv_heads % tensor == 0:
+        return x
+    return jnp.repeat(x, (tensor if tensor % kv_heads == 0 else heads) // kv_heads, axis=1)

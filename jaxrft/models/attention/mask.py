@@ -1,0 +1,116 @@
+"""Which keys a query may see: for every mask that occurs, one run of keys without a gap.
+
+Causal rows, rows packed with several segments, sliding windows, and slots of a cache all are of this kind, so that a
+mask is two integers a query, and never an array of queries by keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """Query i sees the keys ``first[i]`` to ``last[i]``.
+
+    Along a row neither decreases: blocks of keys that a block of queries does not see stand before and behind the
+    others, and are left out.
+
+    Attributes:
+        first, last: places of keys; one row where all rows have the same.
+        lengths: valid tokens of right-padded rows; None: not known, or several segments a row.
+        kernel: which implementation attends, of ``jaxrft.models.attention.KERNELS``.
+        window: keys that a query sees at most; None: no sliding window, or one that differs from layer to layer.
+    """
+
+    first: Int[Array, "one_or_batch time"]
+    last: Int[Array, "one_or_batch time"]
+    lengths: Int[Array, "batch"] | None = None
+    kernel: str = dataclasses.field(default="dense", metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def visible(self, keys: Int[Array, "keys"]) -> Bool[Array, "one_or_batch time keys"]:
+        """Which of the keys at these places each query sees."""
+        return (keys >= self.first[..., None]) & (keys <= self.last[..., None])
+
+
+def causal_mask(
+    length: int,
+    sliding_window: int | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+    lengths: Int[Array, "batch"] | None = None,
+    kernel: str = "dense",
+) -> AttentionMask:
+    """Each token sees itself and what stands before it in its segment; with a window w, the last w of these.
+
+    Args:
+        length: tokens of a row.
+        sliding_window: w; None: all are seen.
+        segment_ids: equal for tokens that may see each other, which stand side by side.
+        lengths: valid tokens of rows padded on the right. They need no mask: no valid token stands behind the padding.
+        kernel: which implementation attends.
+    """
+    last = jnp.arange(length, dtype=jnp.int32)[None]
+    first = jnp.zeros_like(last) if segment_ids is None else segment_starts(segment_ids)
+    if sliding_window is not None and sliding_window < length:
+        first = jnp.maximum(first, last - sliding_window + 1)
+    lengths = lengths if segment_ids is None else None
+    return AttentionMask(first, jnp.broadcast_to(last, first.shape), lengths, kernel, sliding_window)
+
+
+def cache_mask(
+    positions: Int[Array, "slots"], sliding_window: int | None = None, kernel: str = "dense"
+) -> AttentionMask:
+    """Which cached keys each slot's newest token, at ``positions``, may see: itself and what stands before it."""
+    last = positions[:, None].astype(jnp.int32)
+    first = jnp.zeros_like(last)
+    if sliding_window is not None:
+        first = jnp.maximum(first, last - sliding_window + 1)
+    return AttentionMask(first, last, kernel=kernel, window=sliding_window)
+
+
+def segment_starts(segment_ids: Int[Array, "batch time"]) -> Int[Array, "batch time"]:
+    """Place of the first token of each token's segment."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    new = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], axis=1) != 0
+    return jnp.maximum.accumulate(jnp.where(new, index, 0), axis=1)
+
+
+def blocks_of_keys(mask: AttentionMask, query_block: int, key_block: int) -> tuple[Any, Any]:
+    """For each block of queries the blocks of keys that it sees: the first, and the one behind the last.
+
+    Args:
+        mask: over a multiple of ``query_block`` queries.
+
+    Returns:
+        Two of Int[Array, "one_or_batch query_blocks"].
+    """
+    return mask.first[:, ::query_block] // key_block, mask.last[:, query_block - 1 :: query_block] // key_block + 1
+
+
+def blocks_of_queries(mask: AttentionMask, query_block: int, key_block: int, keys: int) -> tuple[Any, Any]:
+    """For each block of keys the blocks of queries that see it, likewise.
+
+    Args:
+        keys: how many there are, a multiple of ``key_block``.
+
+    Returns:
+        Two of Int[Array, "one_or_batch key_blocks"].
+    """
+    start = jnp.arange(0, keys, key_block, dtype=jnp.int32)
+    low = jax.vmap(lambda last: jnp.searchsorted(last, start, side="left"))(mask.last)
+    high = jax.vmap(lambda first: jnp.searchsorted(first, start + key_block - 1, side="right"))(mask.first)
+    return (low // query_block).astype(jnp.int32), (-(-high // query_block)).astype(jnp.int32)
+
+
+def padded_mask(mask: AttentionMask, multiple: int) -> AttentionMask:
+    """With further queries, which see what the last one sees, up to a multiple."""
+    more = -mask.first.shape[1] % multiple
+    first, last = (jnp.pad(a, ((0, 0), (0, more)), mode="edge") for a in (mask.first, mask.last))
+    return dataclasses.replace(mask, first=first, last=last)

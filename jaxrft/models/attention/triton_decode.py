@@ -1,0 +1,109 @@
+"""Attention of each slot's newest token to its cache, as a Pallas kernel that Triton compiles.
+
+A cache is as long as the longest slot needs; of a shorter slot's only what it has is read. The keys of a slot are
+split over several instances (as in Flash-Decoding), so that few slots keep a GPU busy too, and what these find is
+joined after them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from jaxrft.models.attention.dense import MASKED_SCORE
+from jaxrft.models.attention.mask import AttentionMask
+from jaxrft.models.attention.triton import call
+from jaxrft.models.attention.triton_kernels import masked_scores
+
+# A tensor core's smallest block of rows.
+SMALLEST_ROWS = 16
+# Twice the multiprocessors of an H100.
+INSTANCES = 264
+SMALLEST_SPLIT = 256
+
+
+def attend_triton_decode(
+    query: Float[Array, "slots 1 heads head_dim"],
+    key: Float[Array, "slots kv_heads keys head_dim"],
+    value: Float[Array, "slots kv_heads keys head_dim"],
+    mask: AttentionMask,
+    splits: int | None = None,
+    interpret: bool | None = None,
+) -> Float[Array, "slots 1 heads head_dim"]:
+    """Grouped-query attention of one query a slot; not differentiable.
+
+    Args:
+        key: a multiple of 16 of them.
+        splits: instances that share the keys of a slot; None: as many as fill the GPU.
+        interpret: run the kernel without Triton; None: where there is no GPU.
+
+    Raises:
+        ValueError: the number of keys is not a multiple of 16.
+    """
+    slots, _, heads, head_dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    key_block = math.gcd(keys, 64)
+    if key_block < SMALLEST_ROWS:
+        raise ValueError(f"key: got {keys} cached tokens, takes a multiple of {SMALLEST_ROWS}")
+    if splits is None:
+        splits = min(-(-INSTANCES // (slots * kv_heads)), max(keys // SMALLEST_SPLIT, 1))
+    if interpret is None:
+        interpret = jax.default_backend() == "cpu"
+    group = heads // kv_heads
+    rows = max(SMALLEST_ROWS, pl.next_power_of_2(group))
+    q = query.reshape(slots, kv_heads, group, head_dim)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
+    first, last = (jnp.broadcast_to(a[:, 0], (slots,)) for a in (mask.first, mask.last))
+    total, peak, norm = _partial(q, key, value, first, last, key_block, splits, interpret)
+    weights = jnp.exp2(peak - jnp.max(peak, axis=2, keepdims=True))
+    out = jnp.sum(total * weights[..., None], axis=2) / jnp.sum(norm * weights, axis=2)[..., None]
+    return out[:, :, :group].astype(query.dtype).reshape(slots, 1, heads, head_dim)
+
+
+def _partial(q, key, value, first, last, key_block, splits, interpret):
+    """Unnormalised result, largest score and denominator of every split."""
+    slots, kv_heads, rows, head_dim = q.shape
+    keys = key.shape[2]
+    queries = pl.BlockSpec((None, None, rows, head_dim), lambda s, h, p: (s, h, 0, 0))
+    all_keys = pl.BlockSpec((None, None, keys, head_dim), lambda s, h, p: (s, h, 0, 0))
+    places = pl.BlockSpec((slots,), lambda s, h, p: (0,))
+    whole = pl.BlockSpec((None, None, None, rows, head_dim), lambda s, h, p: (s, h, p, 0, 0))
+    numbers = pl.BlockSpec((None, None, None, rows), lambda s, h, p: (s, h, p, 0))
+    shape = (slots, kv_heads, splits, rows)
+    blocks = -(-(keys // key_block) // splits)
+    return call(
+        functools.partial(_kernel, key_block=key_block, blocks=blocks),
+        (slots, kv_heads, splits),
+        (q, key, value, first, last),
+        [queries, all_keys, all_keys, places, places],
+        [((*shape, head_dim), jnp.float32, whole), (shape, jnp.float32, numbers), (shape, jnp.float32, numbers)],
+        interpret,
+    )
+
+
+def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, total_ref, peak_ref, norm_ref, *, key_block, blocks):
+    slot, split = pl.program_id(0), pl.program_id(2)
+    q, first, last = q_ref[...], first_ref[slot], last_ref[slot]
+    rows = jnp.zeros(q.shape[:1], jnp.int32)
+
+    def add(number: Any, carry: Any) -> Any:
+        peak, norm, total = carry
+        place = number * key_block
+        k, v = k_ref[pl.ds(place, key_block), :], v_ref[pl.ds(place, key_block), :]
+        scores = masked_scores(q, k, rows + first, rows + last, place)
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
+        weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
+        total = total * shrink[:, None] + pl.dot(weights.astype(v.dtype), v)
+        return new_peak, norm * shrink + jnp.sum(weights, axis=1), total
+
+    low = jnp.maximum(split * blocks, first // key_block)
+    high = jnp.minimum((split + 1) * blocks, last // key_block + 1)
+    zeros = jnp.zeros(q.shape[:1], jnp.float32)
+    start = (zeros + MASKED_SCORE, zeros, jnp.zeros(q.shape, jnp.float32))
+    peak_ref[...], norm_ref[...], total_ref[...] = jax.lax.fori_loop(low, high, add, start)

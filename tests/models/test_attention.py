@@ -1,0 +1,293 @@
+"""Every implementation of attention against whole scores in NumPy, in values and gradients, for every mask."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxrft import parallel
+from jaxrft.models import attention
+from jaxrft.models.attention import AttentionMask, attend, cache_mask, causal_mask, choice
+from jaxrft.models.attention.chunked import attend_chunked
+from jaxrft.models.attention.dense import attend_dense
+from jaxrft.models.attention.triton import Tiles, attend_triton
+from jaxrft.models.attention.triton_decode import attend_triton_decode
+
+# Blocks that divide none of the lengths below, and some that are longer than all.
+KERNELS = {
+    "dense": attend_dense,
+    "chunked": functools.partial(attend_chunked, blocks=(16, 24)),
+    "one block": functools.partial(attend_chunked, blocks=(512, 512)),
+    "triton": functools.partial(attend_triton, tiles=Tiles(32, 16, 16, 32), interpret=True),
+}
+# batch, time, heads, key heads, head size, sliding window, segments of a row
+CASES = {
+    "causal": (2, 50, 4, 2, 16, None, 1),
+    "one token": (1, 1, 2, 2, 16, None, 1),
+    "window": (3, 64, 4, 1, 16, 7, 1),
+    "packed": (2, 77, 6, 3, 16, None, 5),
+    "packed, window": (2, 77, 3, 3, 32, 9, 4),
+    "a segment a token": (1, 33, 2, 1, 16, None, 33),
+}
+
+
+def random_segments(rng, batch, time, segments):
+    """Lengths differ from row to row; what stands behind the last segment has number 0, as in a packed row."""
+    ids = np.sort(rng.integers(1, segments + 1, (batch, time)), axis=1) if segments < time else np.arange(1, time + 1)
+    ids = np.broadcast_to(ids, (batch, time)).copy()
+    if segments < time:
+        ids[:, time - time // 8 :] = 0
+    return ids.astype(np.int32)
+
+
+def reference(query, key, value, seen):
+    """Plain float64: softmax(q k / sqrt(d)) over the keys that are seen, head by head."""
+    group = query.shape[2] // key.shape[1]
+    out = np.zeros(query.shape)
+    for head in range(query.shape[2]):
+        scores = np.einsum("btd,bkd->btk", query[:, :, head], key[:, head // group]) / np.sqrt(query.shape[-1])
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, :, head] = np.einsum("btk,bkd->btd", weights / weights.sum(-1, keepdims=True), value[:, head // group])
+    return out
+
+
+def make_case(name, dtype=np.float32):
+    batch, time, heads, kv_heads, head_dim, window, segments = CASES[name]
+    rng = np.random.default_rng(len(name))
+    shapes = [(batch, time, heads, head_dim), *[(batch, kv_heads, time, head_dim)] * 2, (batch, time, heads, head_dim)]
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    segment_ids = random_segments(rng, batch, time, segments) if segments > 1 else None
+    place = np.arange(time)
+    seen = (place[None, :] <= place[:, None])[None]
+    if window is not None:
+        seen = seen & (place[:, None] - place[None, :] < window)
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return arrays, causal_mask(time, window, segment_ids), np.broadcast_to(seen, (batch, time, time))
+
+
+def gradients(kernel, arrays, mask):
+    *inputs, weight = arrays
+    return jax.jit(jax.grad(lambda *a: jnp.sum(kernel(*a, mask) * weight), argnums=(0, 1, 2)))(*inputs)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_values_and_gradients(kernel, case):
+    arrays, mask, seen = make_case(case)
+    *inputs, _ = arrays
+    np.testing.assert_array_equal(np.broadcast_to(mask.visible(np.arange(seen.shape[2])), seen.shape), seen)
+    out = jax.jit(KERNELS[kernel])(*inputs, mask)
+    np.testing.assert_allclose(out, reference(*map(np.float64, inputs), seen), atol=2e-6)
+    expected = gradients(attend_dense, arrays, mask)
+    for got, want in zip(gradients(KERNELS[kernel], arrays, mask), expected):
+        np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "triton"])
+def test_nothing_leaks_between_segments(kernel):
+    """Another segment's numbers, NaN as well, change neither values nor gradients: not even in the last bit."""
+    arrays, mask, _ = make_case("packed")
+    *inputs, weight = arrays
+    own = np.asarray(mask.first[0]) == 0
+    changed = [jnp.where(own[:, None, None] if a.shape[1] == own.size else own[:, None], a, 9.0) for a in inputs]
+    weight = weight * own[:, None, None]
+    results = (gradients(KERNELS[kernel], [*some, weight], mask) for some in (inputs, changed))
+    for a, b in zip(*results):
+        rows = a[0][own] if a.shape[1] == own.size else a[0][:, own]
+        others = b[0][own] if b.shape[1] == own.size else b[0][:, own]
+        np.testing.assert_array_equal(rows, others)
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "triton"])
+def test_bfloat16_is_as_exact_as_whole_scores(kernel):
+    arrays, mask, _ = make_case("packed", jnp.bfloat16)
+    exact = [a.astype(jnp.float32) for a in arrays]
+    runs = ((KERNELS[kernel], arrays), (attend_dense, arrays), (attend_dense, exact))
+    for got, dense, want in zip(*(gradients(function, inputs, mask) for function, inputs in runs)):
+        error, usual = (np.abs(np.float32(a) - np.float32(want)).max() for a in (got, dense))
+        assert error <= 2 * usual + 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decoding_reads_what_each_slot_has(splits, window):
+    rng = np.random.default_rng(0)
+    slots, heads, kv_heads, keys, head_dim = 5, 6, 2, 96, 16
+    shapes = ((slots, 1, heads, head_dim), *[(slots, kv_heads, keys, head_dim)] * 2)
+    query, key, value = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    positions = np.array([0, 1, 47, 63, 95], np.int32)
+    place = np.arange(keys)
+    behind = place[None] > positions[:, None]
+    key = jnp.where(behind[:, None, :, None], 1e4, key)
+    mask = cache_mask(jnp.asarray(positions), window)
+    seen = (~behind if window is None else ~behind & (positions[:, None] - place < window))[:, None]
+    expected = reference(*map(np.float64, (query, key, value)), seen)
+    for kernel in (attend_dense, functools.partial(attend_triton_decode, splits=splits)):
+        np.testing.assert_allclose(jax.jit(kernel)(query, key, value, mask), expected, atol=2e-6)
+
+
+def test_decoding_refuses_a_cache_that_is_no_multiple_of_16():
+    arrays = (jnp.zeros((1, 1, 2, 16)), jnp.zeros((1, 2, 24, 16)), jnp.zeros((1, 2, 24, 16)))
+    with pytest.raises(ValueError, match="24 cached tokens, takes a multiple of 16"):
+        attend_triton_decode(*arrays, cache_mask(jnp.zeros((1,), jnp.int32)))
+
+
+def test_memory_grows_with_the_length_not_its_square():
+    """What the compiled gradient holds beside its arguments and results: four times as long, four times as much."""
+
+    def held(kernel, time):
+        shapes = [(1, time, 2, 16), *[(1, 2, time, 16)] * 2, (1, time, 2, 16)]
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        *inputs, weight = arrays
+        step = jax.jit(jax.grad(lambda q, k, v, w: jnp.sum(kernel(q, k, v, causal_mask(time)) * w), argnums=(0, 1, 2)))
+        return step.lower(*inputs, weight).compile().memory_analysis().temp_size_in_bytes
+
+    chunked = functools.partial(attend_chunked, blocks=(64, 64))
+    assert held(chunked, 4096) < 5 * held(chunked, 1024)
+    assert held(attend_dense, 4096) > 10 * held(attend_dense, 1024)
+
+
+@pytest.mark.parametrize("function", ["forward", "gradient", "decode"])
+def test_the_kernels_become_triton_programs(function):
+    """No GPU is needed to translate them. Whether Triton's compiler takes them is for the tests on a GPU."""
+    arrays = [(2, 300, 8, 128), (2, 2, 300, 128), (2, 2, 300, 128)]
+    calls, mask = {"forward": 1, "gradient": 3, "decode": 1}[function], causal_mask(300, 40)
+
+    def run(*inputs):
+        return attend_triton(*inputs, mask, interpret=False).astype(jnp.float32).sum()
+
+    program = {"forward": run, "gradient": jax.grad(run, argnums=(0, 1, 2))}.get(function)
+    if program is None:
+        arrays = [(2, 1, 8, 128), (2, 2, 304, 128), (2, 2, 304, 128)]
+        mask = cache_mask(jnp.array([3, 303]))
+        program = lambda *inputs: attend_triton_decode(*inputs, mask, interpret=False)  # noqa: E731
+    target = "__gpu$xla.gpu.triton"
+    exported = jax.export.export(
+        jax.jit(program),
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target)],
+    )(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arrays))
+    assert exported.mlir_module().count(f"@{target}") == calls
+
+
+# ---------------------------------------------------------------------------------------------- the choice
+
+GPU = choice.Use(platform="gpu", dtype="bfloat16", head_dim=128, keys=4096)
+
+
+@pytest.fixture
+def working_kernels(monkeypatch):
+    """As on a GPU on which all kernels work."""
+    monkeypatch.setattr(choice, "probe", lambda *arguments: None)
+    choice.choose.cache_clear()
+    yield
+    choice.choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "cudnn"),
+        ({"window": 512}, "cudnn"),
+        ({"packed": True}, "triton"),
+        ({"shares_time": True}, "triton"),
+        ({"mixed": True}, "triton"),
+        ({"packed": True, "head_dim": 80}, "chunked"),
+        ({"packed": True, "head_dim": 80, "keys": 1024}, "dense"),
+        ({"dtype": "float32"}, "chunked"),
+        ({"dtype": "float32", "keys": 64}, "dense"),
+        ({"platform": "cpu", "dtype": "float32", "keys": 512}, "dense"),
+        ({"platform": "cpu", "keys": 513}, "chunked"),
+    ],
+)
+@pytest.mark.usefixtures("working_kernels")
+def test_choice(changes, kernel):
+    assert choice.choose("auto", dataclasses.replace(GPU, **changes)) == kernel
+
+
+@pytest.mark.usefixtures("working_kernels")
+def test_decoding_is_by_triton_where_it_is_asked_for():
+    assert choice.choose_decode("triton", GPU) == "triton_decode"
+    assert choice.choose_decode("auto", GPU) == "dense"
+    assert choice.choose_decode("triton", dataclasses.replace(GPU, keys=24)) == "dense"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes", "message"),
+    [
+        ("flash", {}, "got 'flash', takes auto, dense, chunked, cudnn, triton"),
+        ("cudnn", {"platform": "cpu"}, "'cudnn', which needs an NVIDIA GPU; takes auto, dense or chunked"),
+        ("cudnn", {"packed": True}, "does not take packed rows"),
+        ("cudnn", {"shares_time": True}, "several devices share"),
+        ("cudnn", {"mixed": True}, "different windows"),
+        ("triton", {"dtype": "float32"}, "takes bfloat16 and float16, not float32"),
+        ("triton", {"head_dim": 80}, "not 80"),
+    ],
+)
+@pytest.mark.usefixtures("working_kernels")
+def test_what_is_asked_for_and_cannot_be_is_refused(wanted, changes, message):
+    with pytest.raises(ValueError, match=message):
+        choice.choose(wanted, dataclasses.replace(GPU, **changes))
+
+
+def test_a_choice_is_logged_once(working_kernels, caplog):
+    with caplog.at_level("INFO", logger=choice.__name__):
+        for _ in range(3):
+            choice.choose("auto", dataclasses.replace(GPU, head_dim=80, packed=True))
+    assert [r.getMessage().split(" for ")[0] for r in caplog.records] == ["attention: chunked"]
+    assert "triton takes heads of 16, 32, 64, 128, 256 channels, not 80" in caplog.records[0].getMessage()
+
+
+def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch):
+    """Leaking across segments, raising, or right: as the probe finds."""
+    arguments = ("triton", "float32", 16)
+
+    def leaks(query, key, value, mask):
+        return attend_dense(query, key, value, dataclasses.replace(mask, first=jnp.zeros_like(mask.first)))
+
+    def raises(*arguments):
+        raise NotImplementedError("no such GPU")
+
+    for kernel, expected in ((leaks, "gives wrong values here"), (raises, "no such GPU"), (attend_chunked, None)):
+        monkeypatch.setitem(attention.KERNELS, "triton", kernel)
+        choice.probe.cache_clear()
+        # As where it is asked: while a program is traced.
+        jax.jit(lambda x: found.append(choice.probe(*arguments)) or x)(1.0) if (found := []) == [] else None
+        assert (found[0] is None) if expected is None else (expected in found[0])
+    choice.probe.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------- on meshes
+
+
+def test_sharded(run_python):
+    run_python(f"from {__name__} import check_sharded; check_sharded()", devices=8)
+
+
+def check_sharded():
+    """Rows, heads and time steps on eight devices: values and gradients are those of one."""
+    rng = np.random.default_rng(0)
+    shapes = [(4, 48, 4, 16), (4, 2, 48, 16), (4, 2, 48, 16), (4, 48, 4, 16)]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    segments = jnp.asarray(random_segments(rng, 4, 48, 3))
+    for sizes in ((2, 1, 2, 2), (1, 4, 2, 1), (1, 1, 8, 1), (1, 2, 1, 4)):
+        layout = parallel.Layout(parallel.make_mesh(*sizes), "zero3")
+        for mask in (causal_mask(48, 20), causal_mask(48, None, segments)):
+            expected = gradients(attend_dense, arrays, mask)
+            for name in ("dense", "chunked"):
+                with layout.use():
+                    got = gradients(attend, arrays, dataclasses.replace(mask, kernel=name))
+                for a, b in zip(got, expected):
+                    np.testing.assert_allclose(a, b, atol=5e-6, err_msg=f"{sizes} {name}")
+
+
+def test_a_mask_of_rows_is_a_pytree_that_is_cut_like_them():
+    mask = causal_mask(4, None, np.array([[1, 1, 2, 2]]), kernel="chunked")
+    assert isinstance(jax.tree.map(lambda a: PartitionSpec(), mask), AttentionMask)
+    assert jax.tree.structure(mask) != jax.tree.structure(dataclasses.replace(mask, kernel="dense"))
