@@ -37,6 +37,7 @@ def apply(parallel: ParallelConfig) -> None:
             raise ConfigError(f"parallel.xla_flags: got {flag!r}, takes flags such as --xla_dump_to=folder")
     if flags:
         _add_flags(flags, "deterministic" if parallel.deterministic else "xla_flags", started)
+    _set_level(parallel, jax)
     if parallel.memory_fraction is not None:
         _set_memory(parallel.memory_fraction, started)
     if parallel.virtual_devices is not None:
@@ -63,6 +64,20 @@ def _add_flags(flags: list[str], name: str, started: bool) -> None:
         raise _too_late(name, " ".join(missing))
     # The last of two flags of one name counts.
     os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in present if flag not in flags), *flags])
+
+
+def _set_level(parallel: ParallelConfig, jax: ModuleType | None) -> None:
+    level, platforms = parallel.optimization_level, os.environ.get("JAX_PLATFORMS") or ""
+    if level is None:
+        several = parallel.data_devices * parallel.sequence * parallel.tensor > 1
+        if not several or parallel.virtual_devices is not None or platforms.split(",")[0] == "cpu":
+            return
+        level = "O1"
+        if "JAX_OPTIMIZATION_LEVEL" in os.environ:
+            return
+    os.environ["JAX_OPTIMIZATION_LEVEL"] = level
+    if jax is not None:
+        jax.config.update("jax_optimization_level", level)
 
 
 def _set_memory(fraction: float, started: bool) -> None:

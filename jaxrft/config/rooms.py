@@ -133,6 +133,16 @@ class ParallelConfig(Section):
     compilation_cache: str | None = option(
         "~/.cache/jaxrft/xla", "Folder of compiled programs, shared by runs. None compiles anew in each run."
     )
+    compile_ahead: bool | None = option(
+        None,
+        "Compile the train step for the longest samples while the first rollout runs. None: where there is a GPU; a "
+        "CPU has no cores to spare.",
+    )
+    optimization_level: Literal["O0", "O1", "O2", "O3"] | None = option(
+        None,
+        "How much XLA optimises; from O1 on, messages between devices are hidden behind computation. None: O1 where a "
+        "run takes several GPUs, else JAX's own.",
+    )
     deterministic: bool = option(False, "Use only deterministic GPU kernels, so that a resumed run is bit-equal.")
 
     @property

@@ -16,6 +16,7 @@ from jaxrft.config import RLConfig
 from jaxrft.parallel import Layout
 from jaxrft.parallel.host import to_device, to_host
 from jaxrft.parallel.rules import SHARDING_AXES
+from jaxrft.training.ahead import Ahead
 from jaxrft.training.audit import Audit
 from jaxrft.training.batch import (
     Sample,
@@ -54,20 +55,22 @@ class Learner:
         self._init, like = make_init(params, self.optimizer, self.placement, self.first_loss_scale)
         self.reset(params)
         self.reference: Any = None
-        self._score = make_score(self.graphdef, layout)
+        self._score = Ahead(make_score(self.graphdef, layout))
         # A KL in the rewards is in the advantages already.
         objective = dataclasses.replace(recipe.policy, kl_coef=0.0) if recipe.kl.kl_in_reward else recipe.policy
-        self._step = make_train_step(
-            self.graphdef,
-            self.optimizer,
-            schedule(config, total_steps),
-            objective,
-            config.max_grad_norm,
-            placement=self.placement,
-            like=like,
-            growth_steps=config.model.loss_scale_steps or 2000,
-            num_groups=config.rollout_prompts,
-            seed=config.seed,
+        self._step = Ahead(
+            make_train_step(
+                self.graphdef,
+                self.optimizer,
+                schedule(config, total_steps),
+                objective,
+                config.max_grad_norm,
+                placement=self.placement,
+                like=like,
+                growth_steps=config.model.loss_scale_steps or 2000,
+                num_groups=config.rollout_prompts,
+                seed=config.seed,
+            )
         )
 
     def reset(self, params: Any) -> None:
@@ -78,6 +81,11 @@ class Learner:
     def step(self) -> int:
         """Optimizer steps made, skipped ones included."""
         return int(self.state.step)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that share out the samples of a rollout."""
+        return self.config.micro_batches // self.config.gradient_accumulation_steps
 
     @property
     def needs_reference(self) -> bool:
@@ -109,6 +117,28 @@ class Learner:
         whole = dataclasses.replace(self.layout, strategy="ddp")
         return jax.device_put(params, whole.shardings("params", params))
 
+    def compile_ahead(self) -> None:
+        """Starts to compile what an update takes whose samples are as long as they may be; returns at once."""
+        config = self.config
+        logprobs = np.zeros(config.max_completion_length, np.float32)
+        longest = Sample(prompt_ids=[0] * config.max_prompt_length, response_ids=[0] * len(logprobs), logprobs=logprobs)
+        rows = make_rows(config, [longest] * config.rollout_samples)
+        if self.needs_reference:
+            rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs)
+        placed = batch_shardings(rows, self.layout)
+        batch = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), rows, placed)
+        if self.steps_per_rollout > 1:
+            placed = select_step(rows, 0, self.steps_per_rollout)
+            batch = jax.tree.map(
+                lambda a, whole: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole.sharding), placed, batch
+            )
+        self._step.prepare(self.state, batch, UNBOUNDED, np.float32(0))
+
+    def close(self) -> None:
+        """Begins no further compilation."""
+        self._step.close()
+        self._score.close()
+
     def prepare(self, samples: Sequence[Sample], *, score_old: bool) -> TrainBatch:
         """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for."""
         batch = self._place(make_rows(self.config, samples))
@@ -138,7 +168,7 @@ class Learner:
             kl_coef: weight of the KL in the loss; None: the recipe's.
         """
         weight = np.float32(self.recipe.policy.kl_coef if kl_coef is None else kl_coef)
-        steps = self.config.micro_batches // self.config.gradient_accumulation_steps
+        steps = self.steps_per_rollout
         for number in range(min(steps * self.config.num_iterations, limit)):
             bounds = audit.ratio_bounds if audit and number == 0 else UNBOUNDED
             part = batch if steps == 1 else select_step(batch, number % steps, steps)

@@ -167,6 +167,7 @@ class RLTrainer:
         """Ends the engine and what the rewards keep running; the trainer cannot be used after."""
         self.rewards.close()
         self.engine.close()
+        self.learner.close()
 
     @property
     def total_steps(self) -> int:

@@ -194,3 +194,15 @@ def test_progress(tmp_path, monkeypatch, progress):
         time.sleep(0.3)
     tracker.close("completed")
     assert ("━" in terminal.getvalue()) == progress
+
+
+@pytest.mark.parametrize(
+    ("value", "backend", "ahead"), [(True, "cpu", 1), (False, "gpu", 0), (None, "cpu", 0), (None, "gpu", 1)]
+)
+def test_compile_ahead(monkeypatch, value, backend, ahead):
+    """None: where there is a GPU."""
+    monkeypatch.setattr(loop.jax, "default_backend", lambda: backend)
+    run = MagicMock()
+    run.config.parallel.compile_ahead = value
+    loop.TrainingRun._compile_ahead(run)
+    assert run.learner.compile_ahead.call_count == ahead

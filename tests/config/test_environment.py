@@ -12,6 +12,7 @@ NAMES = [
     "JAX_COMPILATION_CACHE_DIR",
     "JAX_ENABLE_COMPILATION_CACHE",
     "JAX_NUM_CPU_DEVICES",
+    "JAX_OPTIMIZATION_LEVEL",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
     "JAX_PLATFORMS",
     "XLA_CLIENT_MEM_FRACTION",
@@ -41,6 +42,26 @@ def test_defaults(without_jax, tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(CACHED_COMPILE_SECONDS),
     }
     assert (tmp_path / ".cache/jaxrft/xla").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("values", "platforms", "present", "expected"),
+    [
+        ({}, None, None, None),
+        ({"optimization_level": "O2"}, None, "O3", "O2"),
+        ({"fsdp": 2}, None, None, "O1"),
+        ({"tensor": 2}, None, "O0", "O0"),
+        ({"fsdp": 2}, "cpu", None, None),
+        ({"fsdp": 2, "virtual_devices": 2}, None, None, None),
+    ],
+)
+def test_optimization_level(without_jax, monkeypatch, values, platforms, present, expected):
+    """Several GPUs hide their messages; what is set wins."""
+    for name, value in (("JAX_PLATFORMS", platforms), ("JAX_OPTIMIZATION_LEVEL", present)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    apply(ParallelConfig(**values))
+    assert os.environ.get("JAX_OPTIMIZATION_LEVEL") == expected
 
 
 def test_memory_fraction(without_jax, monkeypatch):

@@ -135,6 +135,8 @@ EFFECTS = {
     "parallel.memory_fraction": f"{ENVIRONMENT}::test_memory_fraction",
     "parallel.xla_flags": f"{ENVIRONMENT}::test_xla_flags_are_appended",
     "parallel.compilation_cache": f"{ENVIRONMENT}::test_effect_in_a_new_process",
+    "parallel.compile_ahead": f"{RUNS}::test_compile_ahead",
+    "parallel.optimization_level": f"{ENVIRONMENT}::test_optimization_level",
     "parallel.deterministic": f"{ENVIRONMENT}::test_xla_flags_are_appended",
     "memory.remat": f"{DEVICES}::test_remat",
     "memory.remat_names": f"{DEVICES}::test_remat_names",
