@@ -216,7 +216,7 @@ class BatchingConfig(Section):
     )
     row_length: int | None = option(
         None,
-        "Tokens of a packed row; short rows cost attention less. None: the bucket of the step's longest sample.",
+        "Tokens of a packed row; short rows cost attention less. None: as the step's longest sample needs.",
         minimum=1,
     )
 

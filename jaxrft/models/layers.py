@@ -130,7 +130,9 @@ class Attention(nnx.Module):
         """One new token a slot: writes it at ``positions`` and attends to the first ``window`` cached ones."""
         query, new = self._project(x, rope)
         rows = jnp.arange(x.shape[0])
-        cache = LayerCache(*(c.at[rows, :, positions].set(n[:, :, 0]) for c, n in zip(cache, new)))
+        # Each row is another: a GPU stores without asking who else writes there.
+        known: dict[str, Any] = {"unique_indices": True, "mode": "promise_in_bounds"}
+        cache = LayerCache(*(c.at[rows, :, positions].set(n[:, :, 0], **known) for c, n in zip(cache, new)))
         return self._finish(attend(query, cache.key[:, :, :window], cache.value[:, :, :window], mask)), cache
 
     def _project(self, x: Array, rope: RopeTables) -> tuple[Array, LayerCache]:

@@ -50,6 +50,10 @@ class Ahead:
             logger.warning("compiled ahead in vain: %s", error)
             return self._function(*arguments)
 
+    def lower(self, *arguments: Any) -> Any:
+        """The function's program for arguments like these, not yet compiled."""
+        return self._function.lower(*arguments)
+
     def close(self) -> None:
         """Drops what has not been begun; what is being compiled ends by itself."""
         if self._pool is not None:
