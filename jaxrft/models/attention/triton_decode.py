@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxrft.models.attention.dense import MASKED_SCORE
 from jaxrft.models.attention.mask import AttentionMask
 from jaxrft.models.attention.triton import call
-from jaxrft.models.attention.triton_kernels import masked_scores
+from jaxrft.models.attention.triton_kernels import masked_scores, product
 
 # A tensor core's smallest block of rows.
 SMALLEST_ROWS = 16
@@ -99,7 +99,7 @@ def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, total_ref, peak_ref, norm_
         scores = masked_scores(q, k, rows + first, rows + last, place)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
-        total = total * shrink[:, None] + pl.dot(weights.astype(v.dtype), v)
+        total = total * shrink[:, None] + product(weights.astype(v.dtype), v, (1, 0))
         return new_peak, norm * shrink + jnp.sum(weights, axis=1), total
 
     low = jnp.maximum(split * blocks, first // key_block)

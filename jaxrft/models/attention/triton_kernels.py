@@ -12,9 +12,14 @@ from jax.experimental import pallas as pl
 from jaxrft.models.attention.dense import MASKED_SCORE
 
 
+def product(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    """Sum over one axis of each of two blocks, in float32."""
+    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def masked_scores(q: Any, k: Any, first: Any, last: Any, key_place: Any) -> Any:
     """Scores in units of log 2, of a block of queries and one of keys; ``key_place``: of the first key."""
-    scores = pl.dot(q, k, trans_b=True) * (q.shape[-1] ** -0.5 * math.log2(math.e))
+    scores = product(q, k, (1, 1)) * (q.shape[-1] ** -0.5 * math.log2(math.e))
     places = key_place + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     return jnp.where((places >= first[:, None]) & (places <= last[:, None]), scores, MASKED_SCORE)
 
@@ -31,7 +36,7 @@ def forward_kernel(q_ref, k_ref, v_ref, first_ref, last_ref, low_ref, high_ref, 
         scores = masked_scores(q, k, first, last, place)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
-        total = total * shrink[:, None] + pl.dot(weights.astype(v.dtype), v)
+        total = total * shrink[:, None] + product(weights.astype(v.dtype), v, (1, 0))
         return new_peak, norm * shrink + jnp.sum(weights, axis=1), total
 
     zeros = jnp.zeros(q.shape[:1], jnp.float32)
@@ -53,8 +58,8 @@ def query_gradient_kernel(
         place = number * key_block
         k, v = k_ref[pl.ds(place, key_block), :], v_ref[pl.ds(place, key_block), :]
         weights = jnp.exp2(masked_scores(q, k, first, last, place) - norm[:, None])
-        d_scores = weights * (pl.dot(d_out, v, trans_b=True) - mean[:, None])
-        return total + pl.dot(d_scores.astype(k.dtype), k)
+        d_scores = weights * (product(d_out, v, (1, 1)) - mean[:, None])
+        return total + product(d_scores.astype(k.dtype), k, (1, 0))
 
     total = jax.lax.fori_loop(low_ref[block], high_ref[block], add, jnp.zeros(q.shape, jnp.float32))
     d_q_ref[...] = (total * q.shape[-1] ** -0.5).astype(d_q_ref.dtype)
@@ -76,9 +81,9 @@ def key_gradient_kernel(
             q, d_out = q_ref[span, head, :], d_out_ref[span, head, :]
             scores = masked_scores(q, k, first_ref[span], last_ref[span], block * k.shape[0])
             weights = jnp.exp2(scores - norm_ref[head, span][:, None])
-            d_v += pl.dot(weights.astype(d_out.dtype), d_out, trans_a=True)
-            d_scores = weights * (pl.dot(d_out, v, trans_b=True) - mean_ref[head, span][:, None])
-            return d_k + pl.dot(d_scores.astype(q.dtype), q, trans_a=True), d_v
+            d_v += product(weights.astype(d_out.dtype), d_out, (0, 0))
+            d_scores = weights * (product(d_out, v, (1, 1)) - mean_ref[head, span][:, None])
+            return d_k + product(d_scores.astype(q.dtype), q, (0, 0)), d_v
 
         return jax.lax.fori_loop(low, high, add, carry)
 
