@@ -50,6 +50,11 @@ class Ahead:
             logger.warning("compiled ahead in vain: %s", error)
             return self._function(*arguments)
 
+    @property
+    def late(self) -> int:
+        """Programs that were compiled when they were called for."""
+        return self._function._cache_size()
+
     def lower(self, *arguments: Any) -> Any:
         """The function's program for arguments like these, not yet compiled."""
         return self._function.lower(*arguments)

@@ -169,17 +169,30 @@ class Learner:
         """
         weight = np.float32(self.recipe.policy.kl_coef if kl_coef is None else kl_coef)
         steps = self.steps_per_rollout
+        waiting: dict[str, Any] | None = None
         for number in range(min(steps * self.config.num_iterations, limit)):
-            bounds = audit.ratio_bounds if audit and number == 0 else UNBOUNDED
+            audited = audit if number == 0 else None
+            bounds = UNBOUNDED if audited is None else audited.ratio_bounds
             part = batch if steps == 1 else select_step(batch, number % steps, steps)
             self.state, stats = self._step(self.state, part, bounds, weight)
-            values = {name: float(value) for name, value in jax.device_get(stats).items()}
-            if audit and number == 0:
-                audit.check_ratio(values["ratio/deviation_mean"], values["ratio/deviation_max"])
-            yield values
+            if audited is not None:
+                values = _numbers(stats)
+                audited.check_ratio(values["ratio/deviation_mean"], values["ratio/deviation_max"])
+                yield values
+                continue
+            # The device goes on with this step while the host reads what the one before it came to.
+            if waiting is not None:
+                yield _numbers(waiting)
+            waiting = stats
+        if waiting is not None:
+            yield _numbers(waiting)
 
     def _place(self, batch: TrainBatch) -> TrainBatch:
         return jax.device_put(batch, batch_shardings(batch, self.layout))
+
+
+def _numbers(stats: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(stats).items()}
 
 
 def make_rows(config: RLConfig, samples: Sequence[Sample]) -> TrainBatch:
