@@ -9,7 +9,7 @@ tensor) the sum is within 20%, where it is above 50 MiB. What GPU programs hold 
 from __future__ import annotations
 
 from jaxrft.data.batching import bucket_length
-from jaxrft.models.logprobs import logits_elements
+from jaxrft.models.logit_chunks import logits_elements
 from jaxrft.training.memory_sizes import FLOAT32, Sizes
 
 # Prompt tokens that the native engine runs at once.
@@ -86,7 +86,7 @@ def _projection(sizes: Sizes) -> Items:
 
 
 def _logits(sizes: Sizes) -> float:
-    return FLOAT32 * min(logits_elements(sizes.platform), sizes.rows * sizes.picks * sizes.vocab)
+    return FLOAT32 * logits_elements(round(sizes.rows * sizes.picks), round(sizes.vocab), sizes.platform)
 
 
 def _optimizer(sizes: Sizes) -> Items:
