@@ -78,10 +78,10 @@ def _layers(sizes: Sizes) -> Items:
 
 def _projection(sizes: Sizes) -> Items:
     """When the output projection is differentiated."""
-    # The kernel in its type, its gradient's sum, and a chunk's share of that.
-    kernel = sizes.table_elements * (2 * FLOAT32 + sizes.itemsize)
-    # What is projected: gathered, masked, and their cotangents.
-    hidden = 4 * sizes.rows * sizes.picks * sizes.spec.hidden_size * sizes.itemsize
+    # The kernel's gradient; and the kernel, where it is used in another type or place than it is kept.
+    kernel = sizes.table_elements * (FLOAT32 + (sizes.itemsize if sizes.casts or sizes.shares_params else 0))
+    # What is projected: gathered, masked, and their cotangents, of which one is a sum over chunks in float32.
+    hidden = sizes.rows * sizes.picks * sizes.spec.hidden_size * (4 * sizes.itemsize + FLOAT32)
     return _activations(sizes) | {"output projection": kernel + hidden + 2 * _logits(sizes)}
 
 
