@@ -101,34 +101,40 @@ def fill(
     nnx.update(model, nnx.from_flat_state(values))
 
 
-def _source(files: WeightFiles, tensor: Tensor, value: nnx.Variable, layout: Layout | None, dtype: jnp.dtype):
-    shape = files.stored(tensor.name).shape
+def _source(
+    files: WeightFiles, tensor: Tensor, value: nnx.Variable, layout: Layout | None, dtype: jnp.dtype
+) -> _Source:
+    stored = files.stored(tensor.name)
+    shape = stored.shape
     if layout is None:
         form = _Form(tensor.transposed, dtype, None, PartitionSpec(), PartitionSpec())
         part, parts, places = shape, 1, {None: (0, 0)}
     else:
         spec = layout.shardings("params", value).spec
-        axes = (*spec, *[None] * (len(shape) - len(spec)))
-        form = _Form(
-            tensor.transposed, dtype, layout.mesh, PartitionSpec(*axes[:: -1 if tensor.transposed else 1]), spec
-        )
+        axes = (*spec, *[None] * (len(shape) - len(spec)))[:: -1 if tensor.transposed else 1]
+        form = _Form(tensor.transposed, dtype, layout.mesh, PartitionSpec(*axes), spec)
         sharding = layout.named(form.file_spec)
         part = sharding.shard_shape(shape)
+        if part[2:] != shape[2:]:
+            raise NotImplementedError(f"{tensor.name}: cut along {axes}, takes cuts of the file's first two axes")
         corners = {device: _corner(index, shape) for device, index in sharding.devices_indices_map(shape).items()}
+        parts = _most_parts(corners)
         places = {device: corner for device, corner in corners.items() if device in sharding.addressable_devices}
-        # All processes cut alike, by the parts of the one that reads most.
-        parts = max(
-            Counter(process for process, _ in {(d.process_index, corner) for d, corner in corners.items()}).values()
-        )
-    row_bytes = math.prod(part[1:]) * FLOAT_TYPES[files.stored(tensor.name).type].itemsize
+    row_bytes = math.prod(part[1:]) * FLOAT_TYPES[stored.type].itemsize
     rows = max(1, min(part[0], BLOCK_BYTES // (parts * row_bytes)))
     return _Source(tensor.name, form, shape, part, places, rows)
 
 
 def _corner(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, int]:
     """Row and column of the file where a part begins."""
-    row, *column = [axis.start or 0 for axis in index]
-    return row, sum(start * math.prod(shape[axis + 2 :]) for axis, start in enumerate(column[:1]))
+    row, *columns = [axis.start or 0 for axis in index]
+    return row, columns[0] * math.prod(shape[2:]) if columns else 0
+
+
+def _most_parts(corners: dict[jax.Device, tuple[int, int]]) -> int:
+    """Different parts that one process reads, at most: all processes take the same rows at a time."""
+    different = {(device.process_index, corner) for device, corner in corners.items()}
+    return max(Counter(process for process, _ in different).values())
 
 
 def _blocks(source: _Source) -> Iterator[_Block]:
