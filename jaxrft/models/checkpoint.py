@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxrft.config import ConfigError
 from jaxrft.models.decoder import Decoder
-from jaxrft.models.families import Family, family_for, family_of
+from jaxrft.models.families import family_for, family_of
 from jaxrft.models.hf_config import complete
 from jaxrft.models.hub import checkpoint_folder
+from jaxrft.models.loading import fill
 from jaxrft.models.names import HARMLESS_EXTRAS, Tensor, tensors_of
 from jaxrft.models.names import Path as ParameterPath
 from jaxrft.models.spec import DecoderSpec
@@ -55,12 +54,16 @@ def load(
     fields = _read_json(folder / "config.json")
     family = family_of(fields)
     spec, compute_type = family.spec(complete(fields)), _compute_type(dtype)
+    kept = _float_type("param_dtype", param_dtype, PARAM_TYPES)
     model = nnx.eval_shape(lambda: Decoder(spec, dtype=compute_type, rngs=nnx.Rngs(0)))
     model.hf_config = json.dumps(fields)
     if (folder / "generation_config.json").is_file():
         model.generation_config = json.dumps(_read_json(folder / "generation_config.json"))
     with WeightFiles(folder) as files:
-        return _filled(model, family, files, folder, layout, _float_type("param_dtype", param_dtype, PARAM_TYPES))
+        tensors = tensor_table(model)
+        _check_tensors(model, tensors, files, folder)
+        fill(model, tensors, files, layout, kept)
+    return model
 
 
 def spec_of(path_or_hub_name: str | os.PathLike[str]) -> DecoderSpec:
@@ -185,51 +188,26 @@ def _float_type(name: str, dtype: str, known: tuple[str, ...]) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
-def _filled(
-    model: Decoder, family: Family, files: WeightFiles, folder: Path, layout: Layout | None, dtype: jnp.dtype
-) -> Decoder:
-    """``model``, abstract until here, with its parameters read one by one."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    tensors = tensors_of([path for path, _ in state], family.names)
-    shapes = {tensors[path]: value.shape for path, value in state}
-    _check_tensors(shapes, files, model.spec.tie_embeddings, folder)
-    filled = []
-    for path, value in state:
-        transposed = tensors[path].transposed
-        placement = None if layout is None else _placement(layout, value, transposed)
-        array = jax.device_put(files.read(tensors[path].name), placement, may_alias=False)
-        filled.append((path, value.replace(_to_parameter(array, transposed, dtype))))
-    nnx.update(model, nnx.from_flat_state(filled))
-    return model
-
-
-def _placement(layout: Layout, parameter: nnx.Variable, transposed: bool) -> jax.sharding.Sharding:
-    """Of a tensor as it lies in the file: each device gets its own part of it, and no other."""
-    spec = layout.shardings("params", parameter).spec
-    axes = [*spec, *[None] * (len(parameter.get_value().shape) - len(spec))]
-    return layout.named(jax.sharding.PartitionSpec(*(axes[::-1] if transposed else axes)))
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _to_parameter(array: jax.Array, transposed: bool, dtype: jnp.dtype) -> jax.Array:
-    return (array.T if transposed else array).astype(dtype)
-
-
-def _check_tensors(shapes: dict[Tensor, tuple[int, ...]], files: WeightFiles, tied: bool, folder: Path) -> None:
+def _check_tensors(model: Decoder, tensors: dict[ParameterPath, Tensor], files: WeightFiles, folder: Path) -> None:
     """Raises ConfigError with every tensor that is missing, unexpected, misshapen or of a type we do not read."""
-    wanted = {tensor.name: shape[::-1] if tensor.transposed else shape for tensor, shape in shapes.items()}
+    state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    wanted = {
+        tensor.name: state[path].shape[::-1] if tensor.transposed else state[path].shape
+        for path, tensor in tensors.items()
+    }
     extra = {name for name in files.names() - set(wanted) if not HARMLESS_EXTRAS.fullmatch(name)}
     problems = [f"{name} is missing" for name in wanted if name not in files.names()]
-    if tied and "lm_head.weight" in extra:
+    if model.spec.tie_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
-        if not np.array_equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+        if not files.same("lm_head.weight", "model.embed_tokens.weight"):
             problems.append("lm_head.weight differs from model.embed_tokens.weight, though tie_word_embeddings is true")
     problems += [f"{name} is unexpected" for name in sorted(extra)]
     for name in sorted(set(wanted) & files.names()):
-        if files.shape(name) != wanted[name]:
-            problems.append(f"{name} has shape {list(files.shape(name))} instead of {list(wanted[name])}")
-        if files.type(name) not in FLOAT_TYPES:
-            problems.append(f"{name} has type {files.type(name)}, takes {', '.join(FLOAT_TYPES)}")
+        stored = files.stored(name)
+        if stored.shape != wanted[name]:
+            problems.append(f"{name} has shape {list(stored.shape)} instead of {list(wanted[name])}")
+        if stored.type not in FLOAT_TYPES:
+            problems.append(f"{name} has type {stored.type}, takes {', '.join(FLOAT_TYPES)}")
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ConfigError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:10])}{more}")

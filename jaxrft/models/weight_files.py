@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,21 @@ from jaxrft.models.names import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOAT_TYPES = ("F32", "BF16", "F16")
+COMPARED_ELEMENTS = 2**22
+FLOAT_TYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies: in which file, of what type and shape, from which byte on."""
+
+    path: Path
+    type: str
+    shape: tuple[int, ...]
+    start: int
 
 
 class WeightFiles:
-    """Tensors of a folder by name, read one at a time.
+    """Tensors of a folder by name; any part of one can be read, by several threads at once.
 
     Args:
         folder: holds ``model.safetensors``, or an index and its shards.
@@ -35,46 +46,97 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path):
-        self._handles: dict[Path, Any] = {}
-        self._file_of: dict[str, Path] = {}
-        self._stack = contextlib.ExitStack()
-        for path in weight_paths(folder):
-            handle = self._open(path)
-            self._file_of.update(dict.fromkeys(handle.keys(), path))
+        self._stored: dict[str, Stored] = {}
+        self._files: dict[Path, int] = {}
+        with contextlib.ExitStack() as stack:
+            for path in weight_paths(folder):
+                with _damages(path):
+                    # Checks the header, and that the file is as long as it says.
+                    with safe_open(path, framework="numpy"):
+                        file = stack.enter_context(path.open("rb", buffering=0))
+                    self._stored |= _header(path, file)
+                self._files[path] = file.fileno()
+            self._stack = stack.pop_all()
 
     def names(self) -> set[str]:
         """Every tensor that the files hold."""
-        return set(self._file_of)
+        return set(self._stored)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return tuple(self._slice(name).get_shape())
+    def stored(self, name: str) -> Stored:
+        """Where a tensor lies."""
+        return self._stored[name]
 
-    def type(self, name: str) -> str:
-        """Type of a tensor as the file spells it, such as ``BF16``."""
-        return self._slice(name).get_dtype()
+    def read(self, name: str, out: np.ndarray, row: int, column: int, columns: int) -> None:
+        """Fills ``out`` with a block of a tensor, taken as a matrix: its first axis by all the others.
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in the file's type."""
-        return self._handles[self._file_of[name]].get_tensor(name)
+        Args:
+            out: bytes, of as many rows as they hold; contiguous.
+            row, column: where the block begins.
+            columns: its width in elements. Of narrower blocks than the tensor only their own bytes are read.
 
-    def _slice(self, name: str) -> Any:
-        return self._handles[self._file_of[name]].get_slice(name)
+        Raises:
+            ConfigError: the file cannot be read there.
+        """
+        path, kind, shape, start = self._stored[name]
+        size, width = FLOAT_TYPES[kind].itemsize, math.prod(shape[1:])
+        start += (row * width + column) * size
+        view = out.data
+        piece = len(view) if columns == width else columns * size
+        with _damages(path):
+            for index, place in enumerate(range(0, len(view), piece)):
+                _read_fully(self._files[path], view[place : place + piece], start + index * width * size)
 
-    def _open(self, path: Path) -> Any:
-        try:
-            self._handles[path] = self._stack.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read ({error}); the file is damaged: fetch or export it again"
-            ) from error
-        return self._handles[path]
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are there and hold the same numbers."""
+        if not self.names() >= {one, other} or self._stored[one].shape != self._stored[other].shape:
+            return False
+        shape, types = self._stored[one].shape, {name: self._stored[name].type for name in (one, other)}
+        if not set(types.values()) <= set(FLOAT_TYPES):
+            return False
+        width = math.prod(shape[1:])
+
+        def block(name: str, row: int, rows: int) -> np.ndarray:
+            found = np.empty((rows, width), FLOAT_TYPES[types[name]])
+            self.read(name, found.reshape(-1).view(np.uint8), row, 0, width)
+            return found
+
+        rows = max(1, COMPARED_ELEMENTS // width)
+        cuts = [(row, min(rows, shape[0] - row)) for row in range(0, shape[0], rows)]
+        return all(np.array_equal(block(one, *cut), block(other, *cut)) for cut in cuts)
 
     def __enter__(self) -> WeightFiles:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
+
+
+@contextlib.contextmanager
+def _damages(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); the file is damaged: fetch or export it again") from error
+
+
+def _header(path: Path, file: BinaryIO) -> dict[str, Stored]:
+    """Of a file that was found in order: its header's length in 8 bytes, the header, and the tensors' bytes."""
+    length = int.from_bytes(file.read(8), "little")
+    fields = json.loads(os.pread(file.fileno(), length, 8))
+    fields.pop("__metadata__", None)
+    return {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in fields.items()
+    }
+
+
+def _read_fully(file: int, view: memoryview, start: int) -> None:
+    """Reads rather than maps: pages of a mapped file would count as this process's memory."""
+    while view:
+        count = os.preadv(file, [view], start)
+        if not count:
+            raise OSError(f"it ends at byte {start}")
+        view, start = view[count:], start + count
 
 
 def weight_paths(folder: Path) -> list[Path]:

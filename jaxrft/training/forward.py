@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrft import parallel
-from jaxrft.models.logprobs import projected_logprobs
+from jaxrft.models.logprobs import model_logprobs
 
 if TYPE_CHECKING:
     from jaxrft.training.batch import TrainBatch
@@ -46,7 +46,7 @@ def response_logprobs(
     # A cotangent of 0 alone would still make NaN of a NaN.
     hidden = jnp.where(read[..., None], hidden, 0.0)
     # Rows keep their axis: flattened into one of tokens, every device would project the tokens of all.
-    values = projected_logprobs(hidden, model.output_kernel, targets, jnp.asarray(part.temperature))
+    values = model_logprobs(model, hidden, targets, jnp.asarray(part.temperature))
     # From here on there is a number a token: every device has them all.
     logprobs, entropy = (jnp.ravel(parallel.constrain(value, (None, None))) for value in values)
     fill: dict[str, Any] = {"mode": "fill", "fill_value": 0.0}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from jaxrft.data.batching import bucket_length, halvings
 from jaxrft.models.attention.choice import ACCELERATOR_DENSE_KEYS, DENSE_KEYS
-from jaxrft.models.logprobs import logits_elements
+from jaxrft.models.logit_chunks import logits_elements
 from jaxrft.training.memory_sizes import FLOAT32, Sizes
 
 # Prompt tokens that the native engine runs at once.
@@ -79,15 +79,15 @@ def _layers(sizes: Sizes) -> Items:
 
 def _projection(sizes: Sizes) -> Items:
     """When the output projection is differentiated."""
-    # The kernel in its type, its gradient's sum, and a chunk's share of that.
-    kernel = sizes.table_elements * (2 * FLOAT32 + sizes.itemsize)
-    # What is projected: gathered, masked, and their cotangents.
-    hidden = 4 * sizes.rows * sizes.picks * sizes.spec.hidden_size * sizes.itemsize
+    # The kernel's gradient; and the kernel, where it is used in another type or place than it is kept.
+    kernel = sizes.table_elements * (FLOAT32 + (sizes.itemsize if sizes.casts or sizes.shares_params else 0))
+    # What is projected: gathered, masked, and their cotangents, of which one is a sum over chunks in float32.
+    hidden = sizes.rows * sizes.picks * sizes.spec.hidden_size * (4 * sizes.itemsize + FLOAT32)
     return _activations(sizes) | {"output projection": kernel + hidden + 2 * _logits(sizes)}
 
 
 def _logits(sizes: Sizes) -> float:
-    return FLOAT32 * min(logits_elements(sizes.platform), sizes.rows * sizes.picks * sizes.vocab)
+    return FLOAT32 * logits_elements(round(sizes.rows * sizes.picks), round(sizes.vocab), sizes.platform)
 
 
 def _optimizer(sizes: Sizes) -> Items:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from jaxrft.models.logit_chunks import ALIGNMENT, chunk_size, logits_elements
 from jaxrft.models.logprobs import projected_logprobs, token_logprobs
 
 TOKENS, HIDDEN, VOCAB = 37, 12, 50
@@ -30,12 +31,12 @@ def direct(hidden, kernel, targets=TARGETS, temperature=TEMPERATURE):
     return logprobs, entropy, d_z @ kernel.T, hidden.T @ d_z
 
 
-def weighted(hidden, kernel, targets, temperature, chunk):
-    logprobs, entropy = projected_logprobs(hidden, kernel, targets, temperature, chunk)
+def weighted(hidden, kernel, targets, temperature, chunk, transposed=False):
+    logprobs, entropy = projected_logprobs(hidden, kernel, targets, temperature, chunk, transposed=transposed)
     return jnp.sum(WEIGHTS[0] * logprobs.ravel() + WEIGHTS[1] * entropy.ravel()), (logprobs, entropy)
 
 
-gradient = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True), static_argnums=4)
+gradient = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True), static_argnums=(4, 5))
 
 
 def test_the_formula_of_the_reference_is_the_derivative():
@@ -52,16 +53,31 @@ def test_the_formula_of_the_reference_is_the_derivative():
             assert analytic[index] == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 36, 37, 1000, None])
-def test_values_and_gradients(chunk):
-    (_, results), gradients = gradient(*INPUTS, TARGETS, TEMPERATURE, chunk)
-    for ours, expected in zip((*results, *gradients), direct(*INPUTS)):
+@pytest.mark.parametrize(
+    ("chunk", "transposed"), [(1, False), (5, True), (7, False), (49, True), (50, False), (1000, True), (None, False)]
+)
+def test_values_and_gradients(chunk, transposed):
+    hidden, kernel = INPUTS[0], INPUTS[1].T if transposed else INPUTS[1]
+    (_, results), (d_hidden, d_kernel) = gradient(hidden, kernel, TARGETS, TEMPERATURE, chunk, transposed)
+    for ours, expected in zip((*results, d_hidden, d_kernel.T if transposed else d_kernel), direct(*INPUTS)):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("vocab", [1, 50, 32000, 151936])
+@pytest.mark.parametrize("tokens", [1, 64, 8192, 100_000])
+def test_chunks_are_nearly_equal(tokens, vocab, platform):
+    size = chunk_size(tokens, vocab, platform)
+    assert size == vocab or (size < vocab and size % ALIGNMENT == 0)
+    chunks = -(-vocab // size)
+    assert size - ALIGNMENT * chunks < vocab - (chunks - 1) * size <= size
+    elements = 2**20 if platform == "cpu" else 2**27
+    assert logits_elements(tokens, vocab, platform) <= max(elements, tokens * 1024) + ALIGNMENT * tokens
+
+
 def test_a_batch_axis():
-    """Chunks are cut along time, here 3 of 7 steps, of every row."""
+    """Of rows and time steps, here in chunks of 3 columns."""
     pad = 5 * 8 - TOKENS
     hidden = np.pad(INPUTS[0], ((0, pad), (0, 0))).reshape(5, 8, HIDDEN)
     targets = np.pad(TARGETS, (0, pad)).reshape(5, 8)
@@ -163,8 +179,40 @@ def test_memory_does_not_hold_the_logits(dtype):
         jax.ShapeDtypeStruct((batch, time), jnp.int32),
         jax.ShapeDtypeStruct((batch, time), jnp.float32),
     )
-    logits, kernel = batch * time * vocab * 4, size * vocab * 4
+    logits, states = 4 * logits_elements(batch * time, vocab), 4 * batch * time * size
+    # XLA's CPU compiler multiplies no bfloat16: it casts the kernel again.
+    casts = 2 * 4 * size * vocab if dtype == "bfloat16" else 0
     for function in (loss, jax.grad(loss, argnums=(0, 1))):
         memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
-        # A few chunks of 64 MiB, a cast of the projection and its gradient.
-        assert memory.temp_size_in_bytes < 4 * 2**26 + 2 * kernel < logits / 5
+        # A few chunks, and what is of the hidden states' size; of the kernel's, only its gradient, which is a result.
+        assert memory.temp_size_in_bytes < 5 * logits + 5 * states + casts < 4 * batch * time * vocab / 4
+
+
+def test_8_devices(run_python):
+    """Tokens and vocabulary sharded, whichever way the kernel lies: values and gradients of one device."""
+    run_python(
+        """
+import jax, numpy as np
+import jax.numpy as jnp
+from jaxrft import parallel
+from jaxrft.models.logprobs import projected_logprobs
+rng = np.random.default_rng(0)
+hidden, kernel = rng.normal(size=(4, 6, 8)).astype(np.float32), rng.normal(size=(8, 64)).astype(np.float32)
+targets, weights = rng.integers(0, 64, (4, 6)), rng.normal(size=(2, 4, 6)).astype(np.float32)
+temperature = rng.uniform(0.5, 2, (4, 6)).astype(np.float32)
+def loss(hidden, kernel, transposed, chunk):
+    values = projected_logprobs(hidden, kernel, targets, temperature, chunk, transposed=transposed)
+    return jnp.sum(weights * jnp.stack(values)), values
+run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=(2, 3))
+expected = jax.tree.leaves(run(hidden, kernel, False, None))
+for transposed in (False, True):
+    for mesh, strategy in (({"fsdp": 2, "sequence": 2, "tensor": 2}, "fsdp"), ({"tensor": 8}, "ddp"),
+                           ({"replica": 2, "sequence": 2, "tensor": 2}, "zero2")):
+        with parallel.Layout(parallel.make_mesh(**mesh), strategy).use():
+            found = jax.tree.leaves(run(hidden, kernel.T if transposed else kernel, transposed, 5))
+        found[-1] = found[-1].T if transposed else found[-1]
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+""",
+        devices=8,
+    )
