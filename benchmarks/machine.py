@@ -26,17 +26,16 @@ def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
 
 def command_line(script: str, argv: Sequence[str]) -> str:
     """The command, without folders of this machine: an interpreter given by its full path becomes PYTHON."""
-    return shlex.join(["python", f"benchmarks/{script}", *map(shown, argv)])
+    return shlex.join(["python", f"benchmarks/{script}", *map(_shown, argv)])
 
 
 def options_of(arguments: argparse.Namespace, without: Iterable[str] = ()) -> dict[str, Any]:
     """The options as the report has them, likewise without folders."""
     kept = {name: value for name, value in vars(arguments).items() if name not in set(without)}
-    return {name: shown(str(v)) if isinstance(v, (str, Path)) else v for name, v in kept.items()}
+    return {name: _shown(str(v)) if isinstance(v, (str, Path)) else v for name, v in kept.items()}
 
 
-def shown(word: str) -> str:
-    """A word of a command line, without folders of this machine."""
+def _shown(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     if not os.path.isabs(value):
         return word

@@ -25,6 +25,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 RATIOS = (("jaxrft", "transformers"), ("jaxrft", "vllm"), ("vllm", "transformers"))
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parse_arguments(argv)
     # Threads that wait busily would take the other sides' cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.vllm:
@@ -71,7 +73,7 @@ def main() -> None:
                     cases.append(shape | measured | floor(arguments, model, copy, measured, **shape))
                     print(json.dumps(cases[-1]), flush=True)
     report = {
-        "command": command_line("rollout.py", sys.argv[1:]),
+        "command": command_line("rollout.py", argv),
         **machine,
         "options": options_of(arguments),
         "copy": copy,
@@ -82,7 +84,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name; default: random weights of the shape below")
     parser.add_argument("--shape", choices=step_shapes.SHAPES, help="of a random model, in place of the options below")
@@ -110,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", metavar="PYTHON", help="has vLLM: run it too (heads of 32 channels at least)")
     parser.add_argument("--vllm-memory", type=float, default=0.4, help="share of a GPU's memory (default: 0.4)")
     parser.add_argument("--output", type=Path, help="file for the JSON report")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def start_vllm(arguments: argparse.Namespace, model: Decoder) -> Any:

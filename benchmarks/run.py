@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from machine import shown
+from machine import command_line
 from suite import PEERS, Entry, entries
 
 FOLDER = Path(__file__).resolve().parent
@@ -106,7 +106,8 @@ def run(name: str, words: list[str], options: argparse.Namespace) -> dict[str, A
     seconds = time.perf_counter() - start
     ended = "done" if code == 0 else f"FAILED with {code}: {last_line(log)} (all of it: {log})"
     print(f"{name}: {ended} in {seconds:.0f} s", flush=True)
-    return {"command": shlex.join(["python", *map(shown, words[1:])]), "exit_code": code, "seconds": round(seconds, 1)}
+    said = command_line(Path(words[1]).name, words[2:])
+    return {"command": said, "exit_code": code, "seconds": round(seconds, 1)}
 
 
 def last_line(log: Path) -> str:
