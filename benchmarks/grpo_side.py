@@ -88,6 +88,9 @@ class Side:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
+        # A library may say something while it is imported, before the program could see to it.
+        while line and not line.startswith("{"):
+            line = self._process.stdout.readline()
         if not line:
             code = self._process.wait(30)
             lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -107,25 +107,62 @@ def weight_transfer(report: Report) -> str:
     return markdown([*columns, "Pause and resume"], rows, text=3)
 
 
+def projection(report: Report) -> str:
+    columns = (
+        "Tokens", "Hidden size", "Type", "Kernel", "Pass", "Side", "Seconds", "Over the products'", "Of the fastest",
+        "Utilisation", "Temporary MiB",
+    )  # fmt: skip
+    rows: Rows = []
+    for case in report["cases"]:
+        start = [f"{case['tokens']:,}", str(case["hidden"]), case["dtype"], "tied" if case["tied"] else "untied"]
+        start.append("with gradient" if case["backward"] else "forward")
+        for name, side in case["sides"].items():
+            if "error" in side:
+                rows.append(failed([*start, name], side))
+                continue
+            values = [side["seconds"], side.get("over_matmuls"), side.get("fastest_over_matmuls")]
+            values += [side["utilisation"], side["temporary_bytes"] / 2**20]
+            rows.append([*start, name, *map(number, values)])
+    return markdown(columns, rows, text=6)
+
+
+def loading(report: Report) -> str:
+    columns = ("Side", "Page cache", "Seconds", "First", "GB/s", "Of the plain read's", "Parameters, GiB", "Above, GiB")
+    rows: Rows = []
+    for case in report["cases"]:
+        start = [case["side"], case["cache"]]
+        if "error" in case:
+            rows.append(failed(start, case))
+            continue
+        memory = [case[key] / 2**30 if key in case else None for key in ("final_bytes", "above_final_bytes")]
+        values = [case["seconds"], case["first_seconds"], case["gb_per_second"], case.get("of_raw"), *memory]
+        rows.append([*start, *map(number, values)])
+    return markdown(columns, rows, text=2)
+
+
 def plain(report: Report) -> str:
-    """Cases whose fields are words and numbers: a column for each; lists and what is nested are left out."""
-    if "table" in report:
-        return markdown(report["table"]["columns"], [[_cell(c) for c in row] for row in report["table"]["rows"]])
-    cases = [{**case.get("settings", {}), **case} for case in report["cases"]]
+    """Cases whose fields are words and numbers: a column for each, a row for each case or each of its sides."""
+    cases = []
+    for case in report["cases"]:
+        fields = {**case.get("settings", {}), **case}
+        cases += [fields | {"side": name} | side for name, side in case.get("sides", {}).items()] or [fields]
     kept = dict.fromkeys(key for case in cases for key, value in case.items() if not isinstance(value, (dict, list)))
     columns = [key for key in kept if key != "error"]
-    words = [key for key in columns if any(isinstance(case.get(key), str) for case in cases)]
+    words = [key for key in columns if any(isinstance(case.get(key), (str, bool)) for case in cases)]
     columns = [*words, *(key for key in columns if key not in words)]
     rows = []
     for case in cases:
-        cells = [_cell(case.get(key)) for key in columns]
+        cells = [_cell(key, case.get(key)) for key in columns]
         rows.append(failed(cells[: len(words)], case) if "error" in case else cells)
-    return markdown([key.replace("_", " ") for key in columns], rows, text=len(words))
+    heads = [key.replace("_bytes", ", MiB").replace("_", " ") for key in columns]
+    return markdown(heads, rows, text=len(words))
 
 
-def _cell(value: Any) -> str:
+def _cell(key: str, value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "-", True: "yes", False: "no"}[value]
+    if key.endswith("_bytes"):
+        return number(value / 2**20)
     return value if isinstance(value, str) else str(value) if isinstance(value, int) else number(value)
 
 
@@ -142,6 +179,6 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "rollout": rollout,
     "weight_transfer": weight_transfer,
     "attention": plain,
-    "projection": plain,
-    "loading": plain,
+    "projection": projection,
+    "loading": loading,
 }

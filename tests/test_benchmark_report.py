@@ -88,3 +88,12 @@ def test_words_and_numbers_make_a_table():
     assert lines[0] == "| name | size | seconds |"
     assert lines[2] == "| a | 3 | 0.123 |"
     assert lines[3] == "| b | failed: no |  |"
+
+
+def test_sides_have_rows_of_their_own():
+    from report_tables import plain
+
+    sides = {"ours": {"peak_bytes": 2**20, "seconds": 2.0}, "theirs": {"error": "no"}}
+    lines = plain({"cases": [{"size": 3, "sides": sides}]}).splitlines()
+    assert lines[0] == "| side | size | peak, MiB | seconds |"
+    assert lines[2:] == ["| ours | 3 | 1.00 | 2.00 |", "| theirs | failed: no |  |  |"]
