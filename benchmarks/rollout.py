@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py --output rollout.json
     python benchmarks/rollout.py --model Qwen/Qwen2.5-0.5B --dtype bfloat16 --concurrency 1 64 256
+    python benchmarks/rollout.py --shape 1.5B --dtype bfloat16 --concurrency 256 --output rollout.json
     python benchmarks/rollout.py --vllm ~/vllm/bin/python --concurrency 64 --output rollout.json
 
 Runs on a CPU and on a GPU. Without --model, all sides run a Qwen2 of the given shape with random
@@ -9,6 +10,10 @@ weights. With --vllm a server is started by that interpreter and fed with the na
 weights; it is asked as a run would ask it. Every completion has the full response length:
 end-of-sequence tokens are ignored. The sides take turns at the same prompts, which are new in each
 turn, so that nobody has them in a cache, and the median of the repeats counts.
+
+A step is one token of every completion, prefill included. floor_ratio is its time over that in which
+the device could read the weights and the filled part of the caches at the speed of a plain copy,
+measured in the same process: what a step takes at least where memory is the limit, as it is on a GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +25,14 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import bandwidth
 import numpy as np
 import rollout_sides as sides_of
+import step_shapes
 from flax import nnx
 from machine import command_line, describe_machine, options_of
 from vllm_peer import vllm_engine
@@ -36,8 +44,9 @@ PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 RATIOS = (("jaxrft", "transformers"), ("jaxrft", "vllm"), ("vllm", "transformers"))
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parse_arguments(argv)
     # Threads that wait busily would take the other sides' cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.vllm:
@@ -47,6 +56,7 @@ def main() -> None:
     model = sides_of.build_model(arguments)
     peer = None if arguments.no_peer else sides_of.build_peer(arguments)
     machine = describe_machine(PACKAGES)
+    copy = bandwidth.copy_bandwidth()
     cases = []
     with contextlib.ExitStack() as stack:
         vllm = None
@@ -59,12 +69,14 @@ def main() -> None:
                     shape = {
                         "concurrency": concurrency, "prompt_length": prompt_length, "response_length": response_length
                     }  # fmt: skip
-                    cases.append(shape | run_case(arguments, model, peer, vllm, **shape))
+                    measured = run_case(arguments, model, peer, vllm, **shape)
+                    cases.append(shape | measured | floor(arguments, model, copy, measured, **shape))
                     print(json.dumps(cases[-1]), flush=True)
     report = {
-        "command": command_line("rollout.py", sys.argv[1:]),
+        "command": command_line("rollout.py", argv),
         **machine,
         "options": options_of(arguments),
+        "copy": copy,
         "cases": cases,
     }
     if arguments.output:
@@ -72,9 +84,10 @@ def main() -> None:
         arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name; default: random weights of the shape below")
+    parser.add_argument("--shape", choices=step_shapes.SHAPES, help="of a random model, in place of the options below")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
@@ -82,6 +95,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate-size", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--param-dtype", choices=("float32", "bfloat16"), default="float32", help="of the native engine's parameters"
+    )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[64], help="completions asked for at once")
     parser.add_argument("--group", type=int, default=1, help="completions of each prompt")
     parser.add_argument("--prompt-length", type=int, nargs="+", default=[16], help="tokens")
@@ -96,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", metavar="PYTHON", help="has vLLM: run it too (heads of 32 channels at least)")
     parser.add_argument("--vllm-memory", type=float, default=0.4, help="share of a GPU's memory (default: 0.4)")
     parser.add_argument("--output", type=Path, help="file for the JSON report")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def start_vllm(arguments: argparse.Namespace, model: Decoder) -> Any:
@@ -138,6 +154,19 @@ def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, respon
             ratio = result[one]["tokens_per_second"] / result[other]["tokens_per_second"]
             result[f"{one}_over_{other}"] = round(ratio, 3)
     return result
+
+
+def floor(arguments, model, copy, measured, *, concurrency, prompt_length, response_length) -> dict[str, Any]:
+    """The least time of a decode step, and each side's over it."""
+    completions = max(1, concurrency // arguments.group) * arguments.group
+    needed = bandwidth.decode_step_bytes(
+        model.spec, completions=completions, slots=arguments.max_slots or concurrency, prompt_length=prompt_length,
+        response_length=response_length, dtype=arguments.dtype,
+    )  # fmt: skip
+    milliseconds = 1000 * sum(needed.values()) / copy["bytes_per_second"]
+    sides = {name: found["ms_per_step"] for name, found in measured.items() if isinstance(found, dict)}
+    ratios = {name: round(step / milliseconds, 3) for name, step in sides.items()}
+    return {"floor": {"bytes": needed, "ms_per_step": milliseconds}, "floor_ratio": ratios}
 
 
 def timed(side: sides_of.Side, prompts: np.ndarray) -> float:

@@ -10,34 +10,38 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
+import step_shapes
 
-from jaxrft.models import Decoder, DecoderSpec, load
-from jaxrft.models.spec import RopeSpec
+from jaxrft import models
+from jaxrft.models import Decoder
 from jaxrft.rollout import NativeEngine, Request, SamplingParams
 
 Side = Callable[[np.ndarray], None]
 
 
+def config_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of a Qwen2's config.json: a named shape, or one of the given dimensions."""
+    if arguments.shape:
+        return step_shapes.hf_config(arguments.shape, max(arguments.prompt_length) + max(arguments.response_length))
+    return {
+        "model_type": "qwen2",
+        "vocab_size": arguments.vocab_size,
+        "hidden_size": arguments.hidden_size,
+        "intermediate_size": arguments.intermediate_size,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.heads,
+        "num_key_value_heads": arguments.kv_heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+
+
 def build_model(arguments: argparse.Namespace) -> Decoder:
+    types = {"dtype": arguments.dtype, "param_dtype": arguments.param_dtype}
     if arguments.model:
-        return load(arguments.model, dtype=arguments.dtype)
-    spec = DecoderSpec(
-        vocab_size=arguments.vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.intermediate_size,
-        num_layers=arguments.layers,
-        num_heads=arguments.heads,
-        num_kv_heads=arguments.kv_heads,
-        head_dim=arguments.hidden_size // arguments.heads,
-        max_positions=4096,
-        rope=RopeSpec(),
-        tie_embeddings=True,
-        qkv_bias=True,
-    )
-    return Decoder(spec, dtype=jax.numpy.dtype(arguments.dtype), rngs=nnx.Rngs(0))
+        return models.load(arguments.model, **types)
+    return models.from_config(config_fields(arguments), **types)
 
 
 def build_peer(arguments: argparse.Namespace) -> Any | None:
@@ -51,17 +55,7 @@ def build_peer(arguments: argparse.Namespace) -> Any | None:
     if arguments.model:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     else:
-        config = Qwen2Config(
-            vocab_size=arguments.vocab_size,
-            hidden_size=arguments.hidden_size,
-            intermediate_size=arguments.intermediate_size,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.heads,
-            num_key_value_heads=arguments.kv_heads,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        config = Qwen2Config(**config_fields(arguments), bos_token_id=None, eos_token_id=None)
         model = Qwen2ForCausalLM(config).to(dtype)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -24,29 +24,34 @@ class TorchStep:
         dtype: that of the computation.
         checkpointing: whether each layer's activations are computed again in the backward pass.
         clip: range of the ratio below and above 1.
+        update: whether the parameters change; else only log-probabilities are computed.
     """
 
     def __init__(
         self, model: Any, batch: TrainBatch, *, dtype: str, checkpointing: bool, learning_rate: float,
-        max_grad_norm: float, clip: float, temperature: float = 1.0,
+        max_grad_norm: float, clip: float, temperature: float = 1.0, update: bool = True,
     ):  # fmt: skip
         import torch
 
         self.torch, self.model, self.device = torch, model.train(), next(model.parameters()).device
         self.max_grad_norm, self.clip, self.temperature = max_grad_norm, clip, temperature
-        self.checkpointing = checkpointing
+        self.checkpointing, self.update = checkpointing, update
         self.autocast = contextlib.nullcontext()
         if dtype != "float32":
             self.autocast = torch.autocast(self.device.type, dtype=getattr(torch, dtype))
-        if checkpointing:
+        if checkpointing and update:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
         self.parts = self._parts(batch)
         self.samples = sum(int((part["mask"].sum(1) > 0).sum()) for part in self.parts)
 
     def __call__(self) -> tuple[float, float]:
-        """Loss and the gradient's norm, before clipping."""
+        """Loss and the gradient's norm, before clipping; without an update, the log-probabilities' sum twice."""
         total = 0.0
+        if not self.update:
+            with self.torch.no_grad():
+                total = float(sum((self._logprobs(part) * part["mask"]).sum() for part in self.parts))
+            return total, total
         for part in self.parts:
             loss = self._loss(part)
             loss.backward()
@@ -56,7 +61,8 @@ class TorchStep:
         self.optimizer.zero_grad(set_to_none=True)
         return float(total), float(norm)  # Reading them waits for the device.
 
-    def _loss(self, part: dict[str, Any]) -> Any:
+    def _logprobs(self, part: dict[str, Any]) -> Any:
+        """Of each response token of a micro-batch [samples, response]."""
         torch = self.torch
         with self.autocast:
             hidden = self.model.model(
@@ -64,7 +70,10 @@ class TorchStep:
             ).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[part["picks"]])
         logprobs = torch.log_softmax(logits.float() / self.temperature, -1)
-        logprobs = logprobs.gather(-1, part["targets"][:, None])[:, 0][part["sources"]]
+        return logprobs.gather(-1, part["targets"][:, None])[:, 0][part["sources"]]
+
+    def _loss(self, part: dict[str, Any]) -> Any:
+        torch, logprobs = self.torch, self._logprobs(part)
         ratio = torch.exp(logprobs - logprobs.detach())
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         losses = -torch.minimum(ratio * part["advantages"], clipped * part["advantages"]) * part["mask"]

@@ -1,13 +1,15 @@
 """Speed and memory of one optimizer step, by shape, length, strategy and mesh; beside torch where it is installed.
 
     python benchmarks/train_step.py --output train_step.json
+    python benchmarks/train_step.py --pass logprobs --output logprobs.json
     python benchmarks/train_step.py --models 0.5B 1.5B --lengths 2048 8192 --dtypes bfloat16 --remat none full
     python benchmarks/train_step.py --virtual-devices 4 --meshes fsdp=4 fsdp=2,tensor=2 sequence=4 --no-peer
 
 Every combination of the options is a case, measured in a process of its own, so that a device's peak memory is the
 case's. What fails is written with its error, and the others go on. A case is the trainer's own jitted step (GRPO's
 loss without a reference, AdamW, clipped gradients, entropy and statistics included) on ragged random samples that the
-trainer's code makes into a batch. Models have random weights: speed does not depend on them.
+trainer's code makes into a batch. Models have random weights: speed does not depend on them. With --pass logprobs it is
+the trainer's forward pass instead, which gives the log-probability of every response token: a third of the FLOPs.
 
 seconds            median of the timed steps, after warm-up, with the device waited for
 tokens_per_second  valid tokens of prompts and responses; computed_tokens_per_second counts padding too
@@ -32,7 +34,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +42,7 @@ from typing import Any
 
 import step_shapes
 from columns import aligned
-from machine import describe_machine
+from machine import command_line, describe_machine
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 AXES = ("replica", "fsdp", "sequence", "tensor")
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         cases.append(measure(run, case, options))
         print(row(cases[-1]), file=sys.stderr, flush=True)
     report = {
-        "command": shlex.join(["python", "benchmarks/train_step.py", *argv]),
+        "command": command_line("train_step.py", argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **machine,
         "flops": step_shapes.FLOPS,
@@ -88,7 +89,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=step_shapes.SHAPES)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the longest sample")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="parameters stay float32")
+    parser.add_argument(
+        "--pass", dest="work", choices=("update", "logprobs"), default="update", help="what is measured"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="of the computation")
+    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters")
+    parser.add_argument("--offload-optimizer", action="store_true", help="keep its moments in the host's memory")
     parser.add_argument("--strategies", nargs="+", default=["auto"], help="auto: what shards most on the mesh")
     parser.add_argument("--meshes", nargs="+", default=[mesh("1")], type=mesh, help="1, or such as fsdp=2,tensor=2")
     parser.add_argument("--remat", nargs="+", choices=("auto", "none", "full", "save", "offload"))
@@ -138,6 +144,9 @@ def make_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
             "packed": batching == "packed",
             "micro_batches": micro,
             "rows": options.rows or max(1, options.tokens // length),
+            "work": options.work,
+            "param_dtype": options.param_dtype,
+            "offload_optimizer": options.offload_optimizer,
         }
         for model, length, dtype, sizes, strategy, remat, scan, batching, micro in axes
     ]
@@ -209,7 +218,7 @@ def cells(case: dict[str, Any]) -> list[str]:
         f"{case['seconds']:.3f}",
         f"{case['utilisation']:.3f}",
         f"{case['memory']['peak_bytes'] / 2**30:.3f}",
-        f"{case['plan']['update_bytes'] / 2**30:.3f}",
+        f"{case['plan']['update_bytes'] / 2**30:.3f}" if "plan" in case else "-",
         f"{case['lower_seconds'] + case['compile_seconds']:.1f}",
         *(f"{case[name]:.2f}" if name in case else "-" for name in ("speed_over_torch", "fastest_over_torch")),
     ]

@@ -61,6 +61,9 @@ else
     step "vLLM" servers 0.32.0 JAXRFT_TEST_VLLM
     $soak && step "vLLM, the older version" servers 0.24.0 JAXRFT_TEST_VLLM_0_24_0
 fi
+# A peer of the benchmarks, where peers_environment.sh has made it: the soak takes it along.
+trl=${JAXRFT_PEERS:-$HOME/.cache/jaxrft/peers}/trl/bin/python
+$soak && [ -x "$trl" ] && export JAXRFT_TEST_TRL=$trl
 if ! $only; then
     step "ruff check" "$bin/ruff" check --output-format concise .
     step "ruff format" "$bin/ruff" format --check .

@@ -55,3 +55,16 @@ def test_vllm_generates_beside_the_others(run):
     speeds = {side: case[side]["tokens_per_second"] for side in ("jaxrft", "vllm", "transformers")}
     for one, other in (("jaxrft", "vllm"), ("vllm", "transformers"), ("jaxrft", "transformers")):
         assert case[f"{one}_over_{other}"] == pytest.approx(speeds[one] / speeds[other], abs=1e-3)
+
+
+def test_floor_is_that_of_the_bytes_read(run) -> None:
+    shape = "--hidden-size 16 --layers 1 --heads 2 --kv-heads 1 --intermediate-size 16 --vocab-size 17"
+    written = run(f"{shape} --concurrency 4 --max-slots 2 --prompt-length 3 --response-length 2 --repeats 1 --no-peer")
+    [case] = written["cases"]
+    # Queries and outputs of 2 heads, keys and values of 1, three matrices of the feed-forward layer; the projection.
+    weights = 4 * (16 * 16 * 2 + 2 * 16 * 8 + 3 * 16 * 16 + 16 * 17)
+    # Two waves of two slots each; 4 completions with a key and a value of 8 channels for each of 4 tokens on average.
+    assert case["floor"]["bytes"] == {"weights": 2 * weights, "cache": 4 * 4 * 2 * 8 * 4}
+    floor = 1000 * sum(case["floor"]["bytes"].values()) / written["copy"]["bytes_per_second"]
+    assert case["floor"]["ms_per_step"] == pytest.approx(floor)
+    assert case["floor_ratio"]["jaxrft"] == pytest.approx(case["jaxrft"]["ms_per_step"] / floor, rel=1e-2)

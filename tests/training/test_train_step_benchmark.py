@@ -112,3 +112,35 @@ def test_torch_makes_the_same_step(benchmark, tmp_path, packed):
         stats, (loss, norm) = ours(), theirs()
         np.testing.assert_allclose([float(stats["loss"]), float(stats["grad_norm"])], [loss, norm], rtol=1e-4)
     assert packed == (ours.batch.segment_ids is not None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_torch_gives_the_same_logprobs(benchmark, tmp_path, packed):
+    transformers = pytest.importorskip("transformers")
+    case_module, torch_module = benchmark("step_case"), benchmark("step_torch")
+    case = case_module.Case(
+        model="tiny", length=24, dtype="float32", strategy=None, mesh={}, remat="none", scan_layers=True,
+        packed=packed, micro_batches=2, rows=3, work="logprobs",
+    )  # fmt: skip
+    ours = case_module.OurScoring(case)
+    models.save(models.from_config(benchmark("step_shapes").hf_config("tiny", 24), seed=ours.config.seed), tmp_path)
+    model = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    theirs = torch_module.TorchStep(
+        model, ours.batch, dtype="float32", checkpointing=False, learning_rate=1e-6, max_grad_norm=1.0, clip=0.2,
+        update=False,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.sum(ours()["logprob_sum"]), theirs()[0], rtol=1e-5)
+
+
+def test_forward_pass_has_a_report_of_its_own(benchmark, capsys):
+    command = "--pass logprobs --models tiny --lengths 16 --rows 2 --remat none --batching padded --micro-batches 1"
+    report = benchmark("train_step").main(
+        [*command.split(), "--steps", "1", "--warm-up", "1", "--in-process", "--ceiling-size", "64", "--no-peer"]
+    )
+    [case] = report["cases"]
+    assert case["settings"]["work"] == "logprobs"
+    flops = flops_by_hand(benchmark("step_shapes").make_samples(2, 16, 256)) / 3
+    assert case["utilisation"] == pytest.approx(flops / case["seconds"] / case["matmul_ceiling"]["flops_per_second"])
+    assert case["logprob_sum"] < 0
+    assert "plan" not in case
+    assert "failed" not in capsys.readouterr().out

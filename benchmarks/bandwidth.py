@@ -1,0 +1,48 @@
+"""How fast a device copies memory, and how long a decode step takes at least at that speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrft.models.spec import DecoderSpec
+
+
+def copy_bandwidth(megabytes: int | None = None, repeats: int = 10) -> dict[str, Any]:
+    """Bytes per second that the first device reads and writes in a copy, both counted: the best of several."""
+    size = megabytes or (128 if jax.default_backend() == "cpu" else 2048)
+    # Not a bare copy, which a compiler may leave out.
+    copy = jax.jit(lambda x: x + jnp.uint32(1))
+    source = jnp.zeros((size * 2**18,), jnp.uint32)
+    jax.block_until_ready(copy(source))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(copy(source))
+        seconds.append(time.perf_counter() - start)
+    return {"bytes": 2 * source.nbytes, "seconds": seconds, "bytes_per_second": 2 * source.nbytes / min(seconds)}
+
+
+def decode_step_bytes(
+    spec: DecoderSpec, *, completions: int, slots: int, prompt_length: int, response_length: int, dtype: str
+) -> dict[str, float]:
+    """Bytes that one token of every completion needs read, on average over the response.
+
+    Weights are read once for all slots together, in the type of the computation; an embedding that is not the output
+    projection too is not read whole, and not counted. Keys and values are read as far as they are filled.
+
+    Args:
+        spec: of the model.
+        completions: generated in all.
+        slots: at the same time; more completions than these need the weights again.
+    """
+    width = jnp.dtype(dtype).itemsize
+    attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    layers = spec.num_layers * (attention + 3 * spec.hidden_size * spec.intermediate_size)
+    weights = (layers + spec.hidden_size * spec.vocab_size) * width * math.ceil(completions / slots)
+    token = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * width
+    return {"weights": weights, "cache": completions * token * (prompt_length + response_length / 2)}

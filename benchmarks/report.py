@@ -1,0 +1,129 @@
+"""Writes the tables and plots of docs/performance.md from the reports in benchmarks/results.
+
+    python -m benchmarks.report
+    python -m benchmarks.report --check
+
+A section of the page stands between <!-- results:NAME --> and <!-- /results:NAME -->; its plots lie in docs/images.
+With --check nothing is written: the exit code is 1 if the page is not what the reports give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from report_plots import PLOTS, STYLE, digest_of, draw
+from report_tables import TABLES, Report
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTION = re.compile(r"<!-- results:(\w+) -->\n.*?<!-- /results:\1 -->", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes or checks; 1 where the check finds a difference."""
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    before = options.page.read_text(encoding="utf-8")
+    after, differences = render(before, options), []
+    if after != before:
+        differences.append(str(options.page))
+    for section, path in all_plots(before, options):
+        image, digest = plot_path(path, options), digest_for(section, path)
+        if not image.exists() or digest_of(image) != digest:
+            differences.append(str(image))
+            if not options.check:
+                draw(section, read(path), image, digest)
+    if options.check:
+        for name in differences:
+            print(f"{name} is not what the reports give: run python -m benchmarks.report")
+        return int(bool(differences))
+    options.page.write_text(after, encoding="utf-8")
+    print(f"{options.page}: {', '.join(map(str, differences)) or 'nothing'} changed")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if anything would change")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of the reports")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md")
+    return parser.parse_args(argv)
+
+
+def render(page: str, options: argparse.Namespace) -> str:
+    """The page with all its sections made anew.
+
+    Raises:
+        SystemExit: the page has a section that no benchmark has.
+    """
+
+    def section(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise SystemExit(f"{options.page}: no benchmark has results:{name}; there are {', '.join(TABLES)}")
+        parts = [shown(name, path, options) for path in reports_of(name, options.results)]
+        body = "\n\n".join(parts) or "*Not measured yet.*"
+        return f"<!-- results:{name} -->\n{body}\n<!-- /results:{name} -->"
+
+    return SECTION.sub(section, page)
+
+
+def reports_of(name: str, folder: Path) -> list[Path]:
+    """A section's reports: the CPU's, the GPU's, and those of the parts that a GPU measures it in."""
+    found = [folder / f"{name}_cpu.json", folder / f"{name}_gpu.json", *sorted(folder.glob(f"{name}_*_gpu.json"))]
+    return [path for path in found if path.exists()]
+
+
+def shown(name: str, path: Path, options: argparse.Namespace) -> str:
+    """One report: where and how it was measured, its table, its plot."""
+    report = read(path)
+    versions = {key: value for key, value in report["versions"].items() if value and key in SHOWN_VERSIONS}
+    said = ", ".join(f"{key} {value}" for key, value in versions.items())
+    when = f", {report['date'][:10]}" if "date" in report else ""
+    link = f"[report](../benchmarks/results/{path.name})"
+    lines = [f"Measured on {device(report)}{when} ({said}; {link}, `{report['command']}`):", "", TABLES[name](report)]
+    if name in PLOTS:
+        image = plot_path(path, options)
+        lines += ["", f"![{name.replace('_', ' ')} on {device(report)}](images/{image.name})"]
+    return "\n".join(lines)
+
+
+SHOWN_VERSIONS = ("jax", "torch", "transformers", "vllm")
+
+
+def device(report: Report) -> str:
+    """In words."""
+    found = report["device"]
+    if found["platform"] == "cpu":
+        return f"{report['host']['cores']} CPU cores"
+    return f"{found['count']} x {found['kind']}"
+
+
+def all_plots(page: str, options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """Sections of the page with plots, and the report of each."""
+    for match in SECTION.finditer(page):
+        if match[1] in PLOTS:
+            yield from ((match[1], path) for path in reports_of(match[1], options.results))
+
+
+def plot_path(report: Path, options: argparse.Namespace) -> Path:
+    return options.page.parent / "images" / f"benchmark-{report.stem.replace('_', '-')}.png"
+
+
+def digest_for(section: str, path: Path) -> str:
+    """Of what a plot shows, and of how."""
+    return hashlib.sha256(f"{STYLE} {section} ".encode() + path.read_bytes()).hexdigest()
+
+
+def read(path: Path) -> Report:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

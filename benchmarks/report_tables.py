@@ -1,0 +1,184 @@
+"""The tables of docs/performance.md, each from the reports of one benchmark."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Report = dict[str, Any]
+Rows = list[list[str]]
+
+NAMES = {"jaxrft": "jaxrft", "vllm": "vLLM", "transformers": "transformers"}
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; whole above a hundred."""
+    if value is None:
+        return "-"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}" if abs(value) >= 1e-4 else f"{value:.4f}"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
+    """A table whose first ``text`` columns are words, the others numbers."""
+    head = ["---"] * text + ["---:"] * (len(columns) - text)
+    filled = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, head, *filled))
+
+
+def failed(start: Sequence[str], case: Report) -> list[str]:
+    """A case's row where it has an error."""
+    return [*start, "failed: " + case["error"].splitlines()[0].replace("|", "/")[:90]]
+
+
+def grpo_step(report: Report) -> str:
+    columns = (
+        "Case", "Side", "Seconds a step", "Fastest", "Tokens/s", "Rollout", "Rewards", "Training", "Other",
+        "First step, cold", "Warm", "Time over jaxrft's", "Of the fastest",
+    )  # fmt: skip
+    rows: Rows = []
+    for case in report["cases"]:
+        for name, side in case["sides"].items():
+            start = [f"`{case['case']['name']}`", name]
+            if "error" in side:
+                rows.append(failed(start, side))
+                continue
+            phases = side["phases"]
+            other = phases["other"] + phases.get("weights", 0.0)
+            times = [phases["rollout"], phases["rewards"], phases["training"], other]
+            first = [_median(begun["seconds"] for begun in side["first_step"][kind]) for kind in ("cold", "warm")]
+            ratios = [case.get(f"{what}_over_{name}") for what in ("speed", "fastest")]
+            values = [side["seconds"], side["fastest_seconds"], side["tokens_per_second"], *times, *first, *ratios]
+            rows.append([*start, *map(number, values)])
+    return markdown(columns, rows, text=2)
+
+
+def train_step(report: Report) -> str:
+    columns = (
+        "Model", "Length", "Type", "Rematerialisation", "Rows", "Tokens/s", "Seconds", "Utilisation", "GiB",
+        "Compile, s", "Speed over torch: median steps", "Fastest steps",
+    )  # fmt: skip
+    rows: Rows = []
+    for case in report["cases"]:
+        settings = case["settings"]
+        rows_are = "packed" if settings["packed"] else "padded"
+        start = [settings["model"], str(settings["length"]), settings["dtype"]]
+        start += [f"`{case.get('remat', settings['remat'])}`", rows_are]
+        if "error" in case:
+            rows.append(failed(start, case))
+            continue
+        values = [case["tokens_per_second"], case["seconds"], case["utilisation"]]
+        values += [case["memory"]["peak_bytes"] / 2**30, case["lower_seconds"] + case["compile_seconds"]]
+        values += [case.get("speed_over_torch"), case.get("fastest_over_torch")]
+        rows.append([*start, *map(number, values)])
+    return markdown(columns, rows, text=5)
+
+
+def rollout(report: Report) -> str:
+    sides = [name for name in NAMES if any(name in case for case in report["cases"])]
+    peers = [name for name in sides if name != "jaxrft"]
+    columns = ["Completions at once", "Prompt + response", *(f"{NAMES[name]}, tokens/s" for name in sides)]
+    columns += ["jaxrft, ms a step", "Over the floor"]
+    columns += [head for peer in peers for head in (f"jaxrft / {NAMES[peer]}", "of the fastest")]
+    rows: Rows = []
+    for case in report["cases"]:
+        start = [str(case["concurrency"]), f"{case['prompt_length']} + {case['response_length']}"]
+        values = [case[name]["tokens_per_second"] for name in sides]
+        values += [case["jaxrft"]["ms_per_step"], case.get("floor_ratio", {}).get("jaxrft")]
+        values += [case[peer][key] / case["jaxrft"][key] for peer in peers for key in ("seconds", "fastest_seconds")]
+        rows.append([*start, *map(number, values)])
+    return markdown(columns, rows, text=0)
+
+
+def weight_transfer(report: Report) -> str:
+    columns = ("Model", "Receiver", "Transport", "GB", "Seconds", "GB/s", "Over the copy", "Pack", "Put", "Load")
+    rows: Rows = []
+    for case in report["cases"]:
+        start = [case["size"], case["receiver"]]
+        if "error" in case:
+            rows.append(failed(start, case))
+            continue
+        values = [case["bytes"] / 1e9, case["seconds"], case["gb_per_second"], case["speed_over_copy"]]
+        values += [case["parts"].get(part) for part in ("pack", "put", "load")]
+        ends = sum(case["parts"].get(part, 0.0) for part in ("begin", "finish"))
+        rows.append([*start, case["transport"], *map(number, [*values, ends])])
+    return markdown([*columns, "Pause and resume"], rows, text=3)
+
+
+def projection(report: Report) -> str:
+    columns = (
+        "Tokens", "Hidden size", "Type", "Kernel", "Pass", "Side", "Seconds", "Over the products'", "Of the fastest",
+        "Utilisation", "Temporary MiB",
+    )  # fmt: skip
+    rows: Rows = []
+    for case in report["cases"]:
+        start = [f"{case['tokens']:,}", str(case["hidden"]), case["dtype"], "tied" if case["tied"] else "untied"]
+        start.append("with gradient" if case["backward"] else "forward")
+        for name, side in case["sides"].items():
+            if "error" in side:
+                rows.append(failed([*start, name], side))
+                continue
+            values = [side["seconds"], side.get("over_matmuls"), side.get("fastest_over_matmuls")]
+            values += [side["utilisation"], side["temporary_bytes"] / 2**20]
+            rows.append([*start, name, *map(number, values)])
+    return markdown(columns, rows, text=6)
+
+
+def loading(report: Report) -> str:
+    columns = ("Side", "Page cache", "Seconds", "First", "GB/s", "Of the plain read's", "Parameters, GiB", "Above, GiB")
+    rows: Rows = []
+    for case in report["cases"]:
+        start = [case["side"], case["cache"]]
+        if "error" in case:
+            rows.append(failed(start, case))
+            continue
+        memory = [case[key] / 2**30 if key in case else None for key in ("final_bytes", "above_final_bytes")]
+        values = [case["seconds"], case["first_seconds"], case["gb_per_second"], case.get("of_raw"), *memory]
+        rows.append([*start, *map(number, values)])
+    return markdown(columns, rows, text=2)
+
+
+def plain(report: Report) -> str:
+    """Cases whose fields are words and numbers: a column for each, a row for each case or each of its sides."""
+    cases = []
+    for case in report["cases"]:
+        fields = {**case.get("settings", {}), **case}
+        cases += [fields | {"side": name} | side for name, side in case.get("sides", {}).items()] or [fields]
+    kept = dict.fromkeys(key for case in cases for key, value in case.items() if not isinstance(value, (dict, list)))
+    columns = [key for key in kept if key != "error"]
+    words = [key for key in columns if any(isinstance(case.get(key), (str, bool)) for case in cases)]
+    columns = [*words, *(key for key in columns if key not in words)]
+    rows = []
+    for case in cases:
+        cells = [_cell(key, case.get(key)) for key in columns]
+        rows.append(failed(cells[: len(words)], case) if "error" in case else cells)
+    heads = [key.replace("_bytes", ", MiB").replace("_", " ") for key in columns]
+    return markdown(heads, rows, text=len(words))
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    if key.endswith("_bytes"):
+        return number(value / 2**20)
+    return value if isinstance(value, str) else str(value) if isinstance(value, int) else number(value)
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+# Name of a section -> how a report of it is shown. The reports are NAME_cpu.json, NAME_gpu.json and NAME_*_gpu.json.
+TABLES: dict[str, Callable[[Report], str]] = {
+    "grpo_step": grpo_step,
+    "train_step": train_step,
+    "logprobs": train_step,
+    "rollout": rollout,
+    "weight_transfer": weight_transfer,
+    "attention": plain,
+    "projection": projection,
+    "loading": loading,
+}

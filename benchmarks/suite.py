@@ -1,0 +1,98 @@
+"""What benchmarks/run.py runs: one entry a process, with its options on a CPU and on a GPU.
+
+An entry's result is NAME_SUITE.json. On a GPU each is meant to take a few minutes at most, so that a machine that is
+lent for ten minutes at a time can run the suite in parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+PEERS = ("trl", "tunix", "vllm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One process of a suite.
+
+    Attributes:
+        name: of the entry, and of its result.
+        script: in this folder, without its ending.
+        options: on its command line.
+        peers: that it takes, by the option of that name, where the caller has them.
+    """
+
+    name: str
+    script: str
+    options: str = ""
+    peers: tuple[str, ...] = ()
+
+
+def entries(suite: str) -> tuple[Entry, ...]:
+    """The entries of ``cpu`` or ``gpu``, in the order in which they run: what matters most comes first."""
+    return _CPU if suite == "cpu" else (*_GPU, *_train_steps())
+
+
+_CPU = (
+    Entry("grpo_step", "grpo_step", "--cases hidden256 quarter --starts 2", ("trl", "tunix")),
+    Entry("train_step", "train_step", "--steps 9"),
+    Entry("logprobs", "train_step", "--pass logprobs --remat none --steps 9"),
+    Entry(
+        "rollout",
+        "rollout",
+        "--hidden-size 512 --heads 8 --layers 8 --intermediate-size 1536 --vocab-size 8192 --concurrency 1 16 64 "
+        "--prompt-length 64 --response-length 64",
+        ("vllm",),
+    ),
+    Entry("weight_transfer", "weight_transfer", "--sizes small 0.5B", ("vllm",)),
+    Entry("attention", "attention"),
+    Entry("projection", "projection"),
+    Entry("loading", "loading"),
+)
+
+_BF16 = "--dtype bfloat16 --param-dtype bfloat16"
+_GPU = (
+    Entry("grpo_step", "grpo_step", "--cases 0.5B --repeats 3", ("trl",)),
+    Entry("attention", "attention"),
+    Entry("projection", "projection"),
+    # Twice as much work at a time where the floor is to be seen: short and long responses, one and many completions.
+    Entry(
+        "rollout_0.5B",
+        "rollout",
+        f"--shape 0.5B {_BF16} --concurrency 1 64 256 --prompt-length 128 --response-length 512 --repeats 3",
+        ("vllm",),
+    ),
+    Entry(
+        "rollout_1.5B",
+        "rollout",
+        f"--shape 1.5B {_BF16} --concurrency 64 256 512 --prompt-length 128 --response-length 256 --repeats 3",
+        ("vllm",),
+    ),
+    Entry(
+        "rollout_lengths",
+        "rollout",
+        f"--shape 1.5B {_BF16} --concurrency 64 --prompt-length 512 2048 --response-length 128 1024 --repeats 2 "
+        "--no-peer",
+    ),
+    Entry("weight_transfer", "weight_transfer", "--sizes 0.5B 1.5B", ("vllm",)),
+    Entry("loading", "loading"),
+)
+
+
+def _train_steps() -> Iterator[Entry]:
+    """A process a shape and length: a long one's compilation would take another's minutes."""
+    for shape in ("0.5B", "1.5B"):
+        for length in (2048, 8192, 16384):
+            yield Entry(f"train_step_{shape}_{length}", "train_step", f"--models {shape} --lengths {length}")
+        # One sample a micro-batch; without rematerialisation it fits nowhere.
+        long = f"--models {shape} --lengths 65536 --tokens 65536 --micro-batches 1 --remat full --batching packed"
+        yield Entry(f"train_step_{shape}_65536", "train_step", f"{long} --no-peer")
+    seven = "--models 7B --dtypes bfloat16 --param-dtype bfloat16 --offload-optimizer --remat full --no-peer"
+    for length in (2048, 8192):
+        options = f"{seven} --lengths {length} --tokens 8192 --batching packed --micro-batches 1 --steps 3"
+        yield Entry(f"train_step_7B_{length}", "train_step", options)
+    yield Entry("logprobs_0.5B", "train_step", "--pass logprobs --models 0.5B --lengths 2048 16384 --remat none")
+    yield Entry("logprobs_1.5B", "train_step", "--pass logprobs --models 1.5B --lengths 2048 16384 --remat none")
+    seven = "--models 7B --dtypes bfloat16 --param-dtype bfloat16 --remat none --no-peer"
+    yield Entry("logprobs_7B", "train_step", f"--pass logprobs {seven} --lengths 2048 16384 --batching packed")

@@ -1,0 +1,99 @@
+"""The tables and plots of the documentation are those of the reports; and how they are made from them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import report
+from tests.conftest import ROOT
+
+
+def test_page_is_what_the_reports_give(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page with one section, and a folder with one report of it."""
+    results = tmp_path / "results"
+    results.mkdir()
+    found = ROOT / "benchmarks/results/rollout_cpu.json"
+    (results / found.name).write_text(found.read_text())
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- results:rollout -->\nold\n<!-- /results:rollout -->\nafter\n")
+    return ["--results", str(results), "--page", str(path)], path
+
+
+def test_check_sees_a_change(page, capsys):
+    options, path = page
+    assert report.main([*options, "--check"]) == 1
+    assert "page.md is not what the reports give" in capsys.readouterr().out
+    assert "old" in path.read_text()
+    assert report.main(options) == 0
+    assert report.main([*options, "--check"]) == 0
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "| 64 | 64 + 64 |" in text
+    changed = json.loads((path.parent / "results/rollout_cpu.json").read_text())
+    changed["cases"][0]["jaxrft"]["tokens_per_second"] += 100
+    (path.parent / "results/rollout_cpu.json").write_text(json.dumps(changed))
+    capsys.readouterr()
+    assert report.main([*options, "--check"]) == 1
+    # The plot says what it was drawn from.
+    assert "benchmark-rollout-cpu.png is not" in capsys.readouterr().out
+
+
+def test_section_without_a_report_says_so(page):
+    options, path = page
+    path.write_text("<!-- results:loading -->\n<!-- /results:loading -->\n")
+    assert report.main(options) == 0
+    assert "Not measured yet" in path.read_text()
+
+
+def test_unknown_section_is_refused(page):
+    options, path = page
+    path.write_text("<!-- results:nothing -->\n<!-- /results:nothing -->\n")
+    with pytest.raises(SystemExit, match="no benchmark has results:nothing"):
+        report.main(options)
+
+
+def test_gpu_reports_of_a_section_are_all_shown(page):
+    options, path = page
+    results = path.parent / "results"
+    case = {"settings": {"model": "1.5B", "length": 2048, "dtype": "bfloat16", "remat": "none", "packed": True}}
+    case |= {"remat": "none", "tokens_per_second": 1234.0, "seconds": 2.0, "utilisation": 0.5}
+    case |= {"memory": {"peak_bytes": 2**30}, "lower_seconds": 1.0, "compile_seconds": 2.0}
+    failed = {"settings": case["settings"], "error": "Out: of | memory\nmore"}
+    made = {"device": {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}, "versions": {"jax": "0.10.2"}}
+    for length in (2048, 8192):
+        report_of = made | {"command": f"python some {length}", "cases": [case, failed]}
+        (results / f"train_step_1.5B_{length}_gpu.json").write_text(json.dumps(report_of))
+    path.write_text("<!-- results:train_step -->\n<!-- /results:train_step -->\n")
+    assert report.main(options) == 0
+    text = path.read_text()
+    assert text.count("Measured on 1 x NVIDIA H200") == 2
+    assert "| 1.5B | 2048 | bfloat16 | `none` | packed | 1,234 | 2.00 | 0.500 | 1.00 | 3.00 | - | - |" in text
+    assert "failed: Out: of / memory |" in text
+    assert (path.parent / "images/benchmark-train-step-1.5B-8192-gpu.png").exists()
+
+
+def test_words_and_numbers_make_a_table():
+    from report_tables import plain
+
+    cases = [{"name": "a", "seconds": 0.12345, "steps": [1], "settings": {"size": 3}}, {"name": "b", "error": "no"}]
+    lines = plain({"cases": cases}).splitlines()
+    assert lines[0] == "| name | size | seconds |"
+    assert lines[2] == "| a | 3 | 0.123 |"
+    assert lines[3] == "| b | failed: no |  |"
+
+
+def test_sides_have_rows_of_their_own():
+    from report_tables import plain
+
+    sides = {"ours": {"peak_bytes": 2**20, "seconds": 2.0}, "theirs": {"error": "no"}}
+    lines = plain({"cases": [{"size": 3, "sides": sides}]}).splitlines()
+    assert lines[0] == "| side | size | peak, MiB | seconds |"
+    assert lines[2:] == ["| ours | 3 | 1.00 | 2.00 |", "| theirs | failed: no |  |  |"]
