@@ -10,6 +10,7 @@ OTHER_NAMES = {
     "adam_eps": "adam_epsilon",
     "adam_offload": "memory.offload_optimizer",
     "algorithm.name": "algorithm.recipe",
+    "attn_implementation": "model.attention",
     "base_model": "model.path",
     "batch_size": "per_device_train_batch_size",
     "bf16": "model.dtype",
@@ -37,6 +38,7 @@ OTHER_NAMES = {
     "eval_dataset": "data.eval",
     "eval_strategy": "eval_steps",
     "evaluation_strategy": "eval_steps",
+    "flash_attn": "model.attention",
     "fp16": "model.dtype",
     "free_cache_engine": "rollout.vllm.sleep",
     "fsdp": "parallel.strategy",
@@ -126,7 +128,8 @@ def _likeness(key: str, path: str) -> float:
     """Of the names; a little less in another section, or that of the whole paths if it is more."""
     (section, _, name), (other_section, _, other) = key.lower().rpartition("."), path.lower().rpartition(".")
     part = len(name) > 3 and (name in other or other in name)
-    likeness = max(_ratio(name, other), 0.8 if part else 0)
+    swapped = sorted(name) == sorted(other)
+    likeness = max(_ratio(name, other), 0.8 if part or swapped else 0)
     return likeness if section == other_section else max(likeness - 0.15, _ratio(key.lower(), path.lower()))
 
 
