@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxrft.config import RLConfig
 from jaxrft.data.batching import bucket_length
-from jaxrft.models.decoder import Decoder
+from jaxrft.models.abstract import abstract_decoder
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, describe
 from jaxrft.parallel.description import Description
@@ -155,5 +155,5 @@ def _rows(config: RLConfig, sequence: int) -> tuple[int, int, float]:
 @functools.lru_cache(maxsize=16)
 def _described(spec: DecoderSpec, dtype: str, layout: Layout) -> Description:
     """Where the state of a model with AdamW lies."""
-    params = nnx.state(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))), nnx.Param)
+    params = nnx.state(abstract_decoder(spec), nnx.Param)
     return describe(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), params), layout)
