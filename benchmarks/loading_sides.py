@@ -70,9 +70,10 @@ def tensor_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     from flax import nnx
 
     from jaxrft import models
+    from jaxrft.models.abstract import abstract_decoder
     from jaxrft.models.checkpoint import tensor_table
 
-    model = nnx.eval_shape(lambda: models.Decoder(models.spec_from_config(fields), rngs=nnx.Rngs(0)))
+    model = abstract_decoder(models.spec_from_config(fields))
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     table = tensor_table(model)
     return {t.name: values[path].shape[:: -1 if t.transposed else 1] for path, t in table.items()}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrft.config import ConfigError
+from jaxrft.models.abstract import abstract_decoder
 from jaxrft.models.decoder import Decoder
 from jaxrft.models.families import family_for, family_of
 from jaxrft.models.hf_config import complete
@@ -55,7 +56,7 @@ def load(
     family = family_of(fields)
     spec, compute_type = family.spec(complete(fields)), _compute_type(dtype)
     kept = _float_type("param_dtype", param_dtype, PARAM_TYPES)
-    model = nnx.eval_shape(lambda: Decoder(spec, dtype=compute_type, rngs=nnx.Rngs(0)))
+    model = abstract_decoder(spec, compute_type)
     model.hf_config = json.dumps(fields)
     if (folder / "generation_config.json").is_file():
         model.generation_config = json.dumps(_read_json(folder / "generation_config.json"))

@@ -30,13 +30,35 @@ BLOCK_BYTES = 2**24
 
 
 class _Form(NamedTuple):
-    """What is done with a tensor's blocks, and how they lie: one program for all tensors of a form and a shape."""
+    """What is done with a tensor's blocks, and how they lie: one program for all tensors of a form and a shape.
+
+    Attributes:
+        transposed: the file has the parameter's axes in reverse.
+        on_host: whether that is undone before the device has it. JAX copies numpy's turned arrays tile by tile; loops
+            of XLA's CPU compiler, where host and device are one, go through memory in strides and take several times
+            as long.
+        dtype: that the parameter is kept in.
+        file_spec, spec: of the tensor in the file, and of the parameter.
+    """
 
     transposed: bool
+    on_host: bool
     dtype: jnp.dtype
     mesh: Mesh | None
     file_spec: PartitionSpec
     spec: PartitionSpec
+
+    @property
+    def carried(self) -> jnp.dtype:
+        """Of a parameter whose blocks are still being put together."""
+        # XLA's CPU compiler casts a whole bfloat16 array to float32 and back for each block that is put into it.
+        narrow = self.dtype.itemsize == 2 and jax.default_backend() == "cpu"
+        return jnp.dtype("uint16") if narrow else self.dtype
+
+    @property
+    def block_spec(self) -> PartitionSpec:
+        """Of a block as the device gets it."""
+        return self.spec if self.on_host else self.file_spec
 
 
 class _Source(NamedTuple):
@@ -87,7 +109,7 @@ def fill(
     # As the tensors lie on the disk.
     sources.sort(key=lambda source: (files.stored(source.name).path, files.stored(source.name).start))
     blocks = [block for source in sources for block in _blocks(source)]
-    filled: dict[str, jax.Array | None] = {}
+    filled: dict[str, jax.Array] = {}
 
     def take(block: _Block, parts: list[np.ndarray]) -> jax.Array:
         source = block.source
@@ -97,22 +119,32 @@ def fill(
 
     size = max((_block_bytes(files, block) for block in blocks), default=0)
     read_ahead(blocks, size, functools.partial(_read, files), take)
-    values = [(path, value.replace(filled[tensors[path].name])) for path, value in state]
+    found = {source.name: _viewed(filled.pop(source.name), source.form.dtype) for source in sources}
+    values = [(path, value.replace(found[tensors[path].name])) for path, value in state]
     nnx.update(model, nnx.from_flat_state(values))
+
+
+def _viewed(parameter: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return parameter if parameter.dtype == dtype else _bitcast(parameter, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _bitcast(parameter: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.bitcast_convert_type(parameter, dtype)
 
 
 def _source(
     files: WeightFiles, tensor: Tensor, value: nnx.Variable, layout: Layout | None, dtype: jnp.dtype
 ) -> _Source:
     stored = files.stored(tensor.name)
-    shape = stored.shape
+    shape, on_host = stored.shape, tensor.transposed and jax.default_backend() == "cpu"
     if layout is None:
-        form = _Form(tensor.transposed, dtype, None, PartitionSpec(), PartitionSpec())
+        form = _Form(tensor.transposed, on_host, dtype, None, PartitionSpec(), PartitionSpec())
         part, parts, places = shape, 1, {None: (0, 0)}
     else:
         spec = layout.shardings("params", value).spec
         axes = (*spec, *[None] * (len(shape) - len(spec)))[:: -1 if tensor.transposed else 1]
-        form = _Form(tensor.transposed, dtype, layout.mesh, PartitionSpec(*axes), spec)
+        form = _Form(tensor.transposed, on_host, dtype, layout.mesh, PartitionSpec(*axes), spec)
         sharding = layout.named(form.file_spec)
         part = sharding.shard_shape(shape)
         if part[2:] != shape[2:]:
@@ -167,14 +199,15 @@ def _read(files: WeightFiles, block: _Block, buffer: np.ndarray) -> list[np.ndar
 
 
 def _on_devices(block: _Block, parts: list[np.ndarray]) -> jax.Array:
-    """The block as one array, in the layout of the file. On a CPU it may alias the buffer."""
-    source = block.source
+    """The block as one array. On a CPU it may alias the buffer."""
+    source, form = block.source, block.source.form
+    parts = [part.T for part in parts] if form.on_host else parts
     arrays = [jax.device_put(part, device, may_alias=True) for part, device in zip(parts, source.places)]
-    if source.form.mesh is None:
+    if form.mesh is None:
         return arrays[0]
     shape = (block.rows * (source.shape[0] // source.part[0]), *source.shape[1:])
-    sharding = NamedSharding(source.form.mesh, source.form.file_spec)
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    sharding = NamedSharding(form.mesh, form.block_spec)
+    return jax.make_array_from_single_device_arrays(shape[::-1] if form.on_host else shape, sharding, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
@@ -187,19 +220,23 @@ def _put(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """A parameter with a block of rows in its place; and an array that is ready when the block is no longer read."""
 
+    whole = part[::-1] if form.transposed else part
+
     def local(parameter, block, start):
-        # A copy, for the block's memory is read into again: what it is changed to nowhere would be the block itself.
-        turned = (block.T if form.transposed else jnp.copy(block)).astype(form.dtype)
         read = jnp.copy(block[(slice(0, 1),) * block.ndim])
-        if block.shape == part:
+        # A copy, for the block's memory is read into again: what is changed in no way would be the block itself.
+        turned = block.T if form.transposed and not form.on_host else jnp.copy(block)
+        turned = turned.astype(form.dtype)
+        if turned.shape == whole:
             return turned, read
         if parameter is None:
-            parameter = jax.lax.empty(part[::-1] if form.transposed else part, form.dtype)
+            parameter = jax.lax.empty(whole, form.carried)
         axis = parameter.ndim - 1 if form.transposed else 0
+        turned = jax.lax.bitcast_convert_type(turned, form.carried)
         return jax.lax.dynamic_update_slice_in_dim(parameter, turned, start, axis), read
 
     if form.mesh is None:
         return local(parameter, block, start)
-    specs = (None if parameter is None else form.spec, form.file_spec, PartitionSpec())
-    run = jax.shard_map(local, mesh=form.mesh, in_specs=specs, out_specs=(form.spec, form.file_spec), check_vma=False)
+    specs = (None if parameter is None else form.spec, form.block_spec, PartitionSpec())
+    run = jax.shard_map(local, mesh=form.mesh, in_specs=specs, out_specs=(form.spec, form.block_spec), check_vma=False)
     return run(parameter, block, start)

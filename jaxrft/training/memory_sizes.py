@@ -12,10 +12,10 @@ from flax import nnx
 
 from jaxrft.config import ConfigError, RLConfig
 from jaxrft.data.batching import halvings
+from jaxrft.models.abstract import abstract_decoder
 from jaxrft.models.attention import KERNELS
 from jaxrft.models.attention.choice import Use, choose
 from jaxrft.models.attention.chunked import ACCELERATOR_BLOCKS, BLOCKS
-from jaxrft.models.decoder import Decoder
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, describe
 from jaxrft.parallel.description import Description
@@ -206,5 +206,5 @@ def _rows(config: RLConfig, sequence: int) -> tuple[int, int, float]:
 @functools.lru_cache(maxsize=16)
 def _described(spec: DecoderSpec, dtype: str, layout: Layout) -> Description:
     """Where the state of a model with AdamW lies."""
-    params = nnx.state(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))), nnx.Param)
+    params = nnx.state(abstract_decoder(spec), nnx.Param)
     return describe(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), params), layout)
