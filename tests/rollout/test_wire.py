@@ -333,7 +333,7 @@ def test_abort(engine, server):
 
     server_aborted = threading.Event()
     server.generate, server.abort = slow, server_aborted.set
-    engine._generation._max_sequences = 3
+    engine._generation._max_sequences = 1  # One request at a time: the others wait.
     aborting = threading.Thread(target=lambda: (started.wait(20), engine.abort()))
     aborting.start()
     completions = engine.generate(REQUESTS, SamplingParams(max_tokens=4))
