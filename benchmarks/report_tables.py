@@ -107,6 +107,20 @@ def weight_transfer(report: Report) -> str:
     return markdown([*columns, "Pause and resume"], rows, text=3)
 
 
+def attention(report: Report) -> str:
+    columns = ("Heads", "Mask", "Rows", "Length", "By", "Forward, ms", "With gradient, ms", "Temporary MiB", "Gap")
+    rows: Rows = []
+    for case in report["cases"]:
+        start = [case["shape"], case["mask"], str(case["rows"]), f"{case['length']:,}"]
+        for name, kernel in case["kernels"].items():
+            if "error" in kernel:
+                continue
+            memory = kernel.get("temporary_bytes")
+            values = [1e3 * kernel["forward_seconds"], 1e3 * kernel["seconds"], memory and memory / 2**20]
+            rows.append([*start, name, *map(number, values), f"{kernel['gap']:.0e}" if "gap" in kernel else "-"])
+    return markdown(columns, rows, text=5)
+
+
 def projection(report: Report) -> str:
     columns = (
         "Tokens", "Hidden size", "Type", "Kernel", "Pass", "Side", "Seconds", "Over the products'", "Of the fastest",
@@ -178,7 +192,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "logprobs": train_step,
     "rollout": rollout,
     "weight_transfer": weight_transfer,
-    "attention": plain,
+    "attention": attention,
     "projection": projection,
     "loading": loading,
 }
