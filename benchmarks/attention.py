@@ -13,7 +13,6 @@ Values and gradients of each are compared with whole scores, where these fit ``-
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from columns import aligned
-from machine import command_line, describe_machine, options_of
+from machine import describe_machine, make_report
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "numpy", "torch")
 # Heads, key heads, head size.
@@ -55,16 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for length in options.lengths:
                 cases.append(run_case(options, shape, mask, length))
                 print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
-    report = {
-        "command": command_line("attention.py", argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **machine,
-        "options": options_of(options, ["output"]),
-        "cases": cases,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = make_report("attention.py", argv, machine, options, cases=cases)
     print(aligned(COLUMNS, [line for case in cases for line in lines(case)]))
     return report
 
@@ -146,13 +136,13 @@ def prepare(options, kernel, mask, arrays, kind) -> tuple[dict[str, Any], Any]:
     import jax.numpy as jnp
 
     from jaxrft.models import attention
-    from jaxrft.models.attention.choice import Use, _refusal
+    from jaxrft.models.attention.choice import Use, refusal
 
     *inputs, weight = arrays
     length, head_dim = inputs[0].shape[1], inputs[0].shape[3]
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     use = Use(platform, options.dtype, head_dim, length, packed=kind == "packed", window=mask.window)
-    if reason := _refusal(kernel, use):
+    if reason := refusal(kernel, use):
         raise ValueError(reason)
     if kernel == "dense" and length > options.dense_limit:
         raise ValueError(f"whole scores of {length} tokens are above --dense-limit")

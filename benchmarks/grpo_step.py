@@ -27,7 +27,6 @@ Defaults follow the platform: a CPU gets hidden256 and quarter, a GPU 0.5B.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
@@ -40,7 +39,7 @@ import grpo_case
 from columns import aligned
 from grpo_run import run_case
 from grpo_side import environment
-from machine import command_line, options_of
+from machine import make_report
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "optax", "numpy")
 DEFAULTS = {"cpu": ["hidden256", "quarter"], "gpu": ["0.5B"]}
@@ -58,16 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         cases.append(run_case(grpo_case.CASES[name], options, platform))
         for row in rows(cases[-1]):
             print("  ".join(row), file=sys.stderr, flush=True)
-    report = {
-        "command": command_line("grpo_step.py", argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **machine,
-        "options": options_of(options, without=("output",)),
-        "cases": cases,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = make_report("grpo_step.py", argv, machine, options, cases=cases)
     print(aligned(COLUMNS, [row for case in cases for row in rows(case)]))
     return report
 

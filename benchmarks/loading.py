@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import shutil
 import statistics
 import sys
@@ -38,7 +36,7 @@ from typing import Any
 
 import loading_sides
 from columns import aligned
-from machine import command_line, describe_machine, options_of
+from machine import describe_machine, make_report
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "transformers")
 GIB = {"cpu": 1.0, "gpu": 14.2}
@@ -58,17 +56,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         stack.callback(shutil.rmtree, folder)
         checkpoint = loading_sides.make_checkpoint(folder, int(options.gib * 2**30), options.dtype)
         cases = measure(options, sides, folder, checkpoint["bytes"])
-    report = {
-        "command": command_line("loading.py", argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **machine,
-        "options": options_of(options, without=("output", "in_process")),
-        "checkpoint": checkpoint,
-        "cases": cases,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = make_report(
+        "loading.py", argv, machine, options, without=("in_process",), checkpoint=checkpoint, cases=cases
+    )
     print(aligned(COLUMNS, map(cells, cases)))
     return report
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -33,6 +35,35 @@ def options_of(arguments: argparse.Namespace, without: Iterable[str] = ()) -> di
     """The options as the report has them, likewise without folders."""
     kept = {name: value for name, value in vars(arguments).items() if name not in set(without)}
     return {name: _shown(str(v)) if isinstance(v, (str, Path)) else v for name, v in kept.items()}
+
+
+def make_report(
+    script: str,
+    argv: Sequence[str],
+    machine: dict[str, Any],
+    options: argparse.Namespace,
+    without: Iterable[str] = (),
+    **parts: Any,
+) -> dict[str, Any]:
+    """A benchmark's report; written to ``options.output`` where that is given.
+
+    Args:
+        script, argv: its command.
+        machine: as :func:`describe_machine` gives it.
+        options: as the command line says; those in ``without``, and the file itself, are left out.
+        parts: what it measured, by name.
+    """
+    report = {
+        "command": command_line(script, argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **machine,
+        "options": options_of(options, without=("output", *without)),
+        **parts,
+    }
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
 
 
 def _shown(word: str) -> str:

@@ -26,9 +26,7 @@ tokens, hidden size 896, float32.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -37,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from columns import aligned
-from machine import command_line, describe_machine, options_of
+from machine import describe_machine, make_report
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy")
 GOAL = {"over_matmuls": 1.1}
@@ -62,18 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for case in make_cases(options):
         cases.append(measure(case, options, ceilings[case["dtype"]]["flops_per_second"]))
         print(*(line for line in map("  ".join, rows(cases[-1]))), sep="\n", file=sys.stderr, flush=True)
-    report = {
-        "command": command_line("projection.py", argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **machine,
-        "options": options_of(options, without=("output",)),
-        "goal": GOAL,
-        "matmul_ceilings": ceilings,
-        "cases": cases,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = make_report("projection.py", argv, machine, options, goal=GOAL, matmul_ceilings=ceilings, cases=cases)
     print(aligned(COLUMNS, [row for case in cases for row in rows(case)]))
     return report
 

@@ -34,7 +34,7 @@ import numpy as np
 import rollout_sides as sides_of
 import step_shapes
 from flax import nnx
-from machine import command_line, describe_machine, options_of
+from machine import describe_machine, make_report
 from vllm_peer import vllm_engine
 
 from jaxrft.models import Decoder
@@ -72,16 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     measured = run_case(arguments, model, peer, vllm, **shape)
                     cases.append(shape | measured | floor(arguments, model, copy, measured, **shape))
                     print(json.dumps(cases[-1]), flush=True)
-    report = {
-        "command": command_line("rollout.py", argv),
-        **machine,
-        "options": options_of(arguments),
-        "copy": copy,
-        "cases": cases,
-    }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    make_report("rollout.py", argv, machine, arguments, copy=copy, cases=cases)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -29,9 +29,7 @@ Defaults follow the platform: a GPU gets 0.5B and 1.5B in bfloat16 at 2048 and 8
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import multiprocessing
 import os
 import sys
@@ -42,7 +40,7 @@ from typing import Any
 
 import step_shapes
 from columns import aligned
-from machine import command_line, describe_machine
+from machine import describe_machine, make_report
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 AXES = ("replica", "fsdp", "sequence", "tensor")
@@ -69,17 +67,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for case in make_cases(options):
         cases.append(measure(run, case, options))
         print(row(cases[-1]), file=sys.stderr, flush=True)
-    report = {
-        "command": command_line("train_step.py", argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **machine,
-        "flops": step_shapes.FLOPS,
-        "options": {name: value for name, value in vars(options).items() if name not in ("output", "in_process")},
-        "cases": cases,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = make_report(
+        "train_step.py", argv, machine, options, without=("in_process",), flops=step_shapes.FLOPS, cases=cases
+    )
     print(aligned(COLUMNS, map(cells, cases)))
     return report
 

@@ -23,8 +23,6 @@ Defaults follow the platform: a GPU gets 0.5B and 1.5B, a CPU small shapes. On o
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -33,7 +31,7 @@ from typing import Any
 
 import step_shapes
 from columns import aligned
-from machine import command_line, describe_machine, options_of
+from machine import describe_machine, make_report
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy")
 GOAL = {"bytes": 3e9, "below_seconds": 0.1, "dtype": "bfloat16", "device": "H200"}
@@ -64,17 +62,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 case["error"] = f"{type(error).__name__}: {error}"[:1000]
             cases.append(case)
             print("  ".join(cells(case)), file=sys.stderr, flush=True)
-    report = {
-        "command": command_line("weight_transfer.py", argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **machine,
-        "options": options_of(arguments, without=("output",)),
-        "goal": GOAL | {"reached": reached(cases, machine["device"]["kind"])},
-        "cases": cases,
-    }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = make_report(
+        "weight_transfer.py",
+        argv,
+        machine,
+        arguments,
+        goal=GOAL | {"reached": reached(cases, machine["device"]["kind"])},
+        cases=cases,
+    )
     print(aligned(COLUMNS, map(cells, cases)))
     print(f"goal: 3 GB of bfloat16 in below {GOAL['below_seconds']} s on one H200: {in_words(report)}")
     return report

@@ -68,13 +68,13 @@ def choose(wanted: str, use: Use) -> str:
     if wanted not in CHOICES:
         raise ValueError(f"attention: got {wanted!r}, takes {', '.join(CHOICES)}")
     if wanted != "auto":
-        if reason := _refusal(wanted, use):
+        if reason := refusal(wanted, use):
             raise ValueError(f"attention: got {wanted!r}, which {reason}; takes auto, dense or chunked")
         return wanted
     plain = "dense" if use.keys <= DENSE_KEYS.get(use.platform, ACCELERATOR_DENSE_KEYS) else "chunked"
     refused = []
     for kernel in ("cudnn", "triton") if use.platform != "cpu" else ():
-        reason = _refusal(kernel, use)
+        reason = refusal(kernel, use)
         if reason is None:
             logger.info("attention: %s for %s", kernel, use)
             return kernel
@@ -85,12 +85,12 @@ def choose(wanted: str, use: Use) -> str:
 
 def choose_decode(wanted: str, use: Use) -> str:
     """The implementation for a slot's newest token: Triton's where it is asked for and can, else whole scores."""
-    if wanted == "triton" and use.keys % 16 == 0 and _refusal("triton", use) is None:
+    if wanted == "triton" and use.keys % 16 == 0 and refusal("triton", use) is None:
         return "triton_decode"
     return "dense"
 
 
-def _refusal(kernel: str, use: Use) -> str | None:
+def refusal(kernel: str, use: Use) -> str | None:
     """Why a kernel cannot do it, None where it can."""
     if kernel in ("dense", "chunked"):
         return None
