@@ -14,6 +14,7 @@ from jaxrft import parallel
 from jaxrft.models import attention
 from jaxrft.models.attention import AttentionMask, attend, cache_mask, causal_mask, choice
 from jaxrft.models.attention.chunked import attend_chunked
+from jaxrft.models.attention.cudnn import attend_cudnn
 from jaxrft.models.attention.dense import attend_dense
 from jaxrft.models.attention.triton import Tiles, attend_triton
 from jaxrft.models.attention.triton_decode import attend_triton_decode
@@ -88,6 +89,30 @@ def test_values_and_gradients(kernel, case):
     expected = gradients(attend_dense, arrays, mask)
     for got, want in zip(gradients(KERNELS[kernel], arrays, mask), expected):
         np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_what_cudnn_is_asked_for(monkeypatch, window):
+    """The same call answered by XLA, whose masks are of the same meaning: lengths, the causal side, a left window."""
+    arrays, _, _ = make_case("window")
+    *inputs, weight = arrays
+    time = inputs[0].shape[1]
+    lengths = jnp.array([time, 40, 1])
+    weight = jnp.where((jnp.arange(time) < lengths[:, None])[..., None, None], weight, 0.0)
+    asked, public = [], jax.nn.dot_product_attention
+
+    def by_xla(*arguments, implementation, **options):
+        asked.append(implementation)
+        return public(*arguments, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    mask = causal_mask(time, window, lengths=lengths)
+    got, expected = (gradients(kernel, [*inputs, weight], mask) for kernel in (attend_cudnn, attend_dense))
+    assert set(asked) == {"cudnn"}
+    for a, b in zip(got, expected):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+    out, dense = (jnp.where(weight == 0, 0.0, kernel(*inputs, mask)) for kernel in (attend_cudnn, attend_dense))
+    np.testing.assert_allclose(out, dense, atol=2e-6)
 
 
 @pytest.mark.parametrize("kernel", ["chunked", "triton"])

@@ -15,7 +15,7 @@ from tests.training.learners import learner_of, make_model, make_samples, update
 from tests.training.tiny import MODEL, SCRATCH, tiny_config
 
 
-def test_a_prepared_program_is_the_one_that_runs():
+def test_a_prepared_program_is_the_one_that_runs(caplog):
     traced = []
 
     @jax.jit
@@ -33,6 +33,7 @@ def test_a_prepared_program_is_the_one_that_runs():
     # Of another shape: compiled when it comes.
     np.testing.assert_array_equal(ahead({"a": jnp.ones(2)})["a"], [2, 2])
     assert ahead.late == 1
+    assert "in vain" not in caplog.text, "a program was asked for that other arrays were prepared for"
     ahead.close()
 
 
