@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrft.config import ConfigError
-from jaxrft.data import PromptOrder, bucket_length
+from jaxrft.data import PromptOrder, bucket_length, halvings
 
 
 def stream(order, rollouts):
@@ -75,3 +75,10 @@ def test_unequal_shares_are_refused():
 def test_a_bucket_is_the_smallest_that_holds_the_length(length, minimum):
     buckets = sorted({2**k for k in range(18)} | {3 * 2**k for k in range(17)})
     assert bucket_length(length, minimum) == next(b for b in buckets if b >= max(length, minimum))
+
+
+def test_halvings():
+    assert halvings(80, 16) == (16, 32, 48, 80)
+    assert halvings(4608, 8) == (576, 1152, 2304, 4608)
+    assert halvings(1000, 64) == (128, 256, 512, 1024)
+    assert halvings(5, 8) == (8,)

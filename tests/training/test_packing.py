@@ -18,6 +18,7 @@ from jaxrft.tracking import read_completions, read_metrics
 from jaxrft.training import metrics
 from jaxrft.training.batch import Sample, in_list_order, make_batch, pack_batch, select_step
 from jaxrft.training.credit import Credit
+from jaxrft.training.filling import Limits
 from jaxrft.training.forward import response_logprobs
 from jaxrft.training.learner import UNBOUNDED
 from jaxrft.training.state import Placement, init_state
@@ -292,3 +293,12 @@ def test_a_packed_run_is_audited_is_the_padded_run_and_resumes_bit_equal(tmp_pat
     for a, b in zip(host(packed.learner.state), host(again.learner.state), strict=True):
         np.testing.assert_array_equal(a, b)
     assert lasting(again) == lasting(packed)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected"), [(8, 9, (24, 12)), (8, 20, (40, 24)), (8, 48, (80, 48)), (60, 2, (80, 48))]
+)
+def test_rows_are_as_short_as_the_longest_sample_allows(prompt, response, expected):
+    """Of a run whose rows have 80 tokens at most, 48 of them a response's: halved both or neither."""
+    sample = Sample(prompt_ids=[1] * prompt, response_ids=[1] * response, logprobs=np.zeros(response))
+    assert Limits(80, 48).fitting([sample]) == expected
