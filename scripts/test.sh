@@ -50,7 +50,9 @@ tests() { # PYTEST ARGUMENTS...
     local cores workers
     cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
     workers=$((cores > 8 ? 8 : cores))
-    "$python" -m pytest -n "$((workers > 1 ? workers : 0))" --dist loadfile --no-loadscope-reorder "$@"
+    # No worker is replaced: xdist gives what a dead one had left to nobody, and waits for it for ever.
+    "$python" -m pytest -n "$((workers > 1 ? workers : 0))" --dist loadfile --no-loadscope-reorder \
+        --max-worker-restart 0 "$@"
 }
 
 # In the tests' environment only: the fast tier has one version, the soak two.

@@ -5,11 +5,14 @@ Tests run on the CPU with one device. ``pytest -m gpu`` leaves JAX its own choic
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU; there, run: pytest -m gpu")
         for item in marked:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs() -> Iterator[None]:
+    """Lets go of what a file compiled: a worker that kept the programs of all files would hold 10 GB in the end."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+    if sys.platform == "linux":
+        # glibc keeps what is freed between pieces in use, which after many small compilations is most of it.
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
