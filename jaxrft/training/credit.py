@@ -39,7 +39,7 @@ class Credit:
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state` gave. A weight that is not adapted is the config's, not the saved one."""
-        self._seen = alg.Moments(*(jnp.float32(value) for value in state["reward_moments"]))
+        self._seen = alg.Moments(*(np.float32(value) for value in state["reward_moments"]))
         if self.recipe.kl.kl_target is not None:
             self.kl_coef = state["kl_coef"]
 
@@ -53,10 +53,10 @@ class Credit:
         chosen = drawn.rollout.select(drawn.groups)
         # A group that is left out must not count in means over the batch either.
         left_out = np.repeat(drawn.dropped[drawn.groups], chosen.group)
-        rewards, self._seen = alg.shape_rewards(self.recipe.shaping, *self._measured(chosen, left_out), self._seen)
+        rewards, self._seen = _shape(self.recipe.shaping, *self._measured(chosen, left_out), self._seen)
         by_greedy = None
         if greedy is not None:  # Measured as the rewards that it is subtracted from are.
-            by_greedy, _ = alg.shape_rewards(self.recipe.shaping, *self._measured(greedy), self._seen, update=False)
+            by_greedy, _ = _shape(self.recipe.shaping, *self._measured(greedy), self._seen, update=False)
         return alg.Outcome(
             rewards=rewards,
             components=self._components(chosen, left_out),
@@ -96,9 +96,25 @@ class Credit:
 
     def _components(self, rollout: RolloutBatch, left_out: np.ndarray | None = None) -> np.ndarray:
         """Each reward, and what the length adds as one more, [samples, rewards + 1]."""
-        terms = np.asarray(alg.length_terms(self.recipe.shaping, rollout.lengths, self.max_length))
+        terms = jax.device_get(_length_terms(self.recipe.shaping, rollout.lengths, self.max_length))
         columns = np.stack([*rollout.scores.components.values(), terms], axis=1).astype(np.float32)
         return columns if left_out is None else np.where(left_out[:, None], np.nan, columns)
+
+
+# On the host and back as one program each: operation by operation, a run's first step would compile ten more.
+_length_terms = jax.jit(alg.length_terms, static_argnums=(0, 2))
+_shape_rewards = jax.jit(alg.shape_rewards, static_argnums=(0, 3), static_argnames="update")
+
+
+def _shape(
+    shaping: alg.RewardShaping,
+    rewards: np.ndarray,
+    lengths: np.ndarray,
+    max_length: int,
+    seen: alg.Moments,
+    update: bool = True,
+) -> tuple[np.ndarray, alg.Moments]:
+    return jax.device_get(_shape_rewards(shaping, rewards, lengths, max_length, seen, update=update))
 
 
 def permuted(outcome: alg.Outcome, order: Sequence[int]) -> alg.Outcome:

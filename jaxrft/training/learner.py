@@ -144,7 +144,9 @@ class Learner:
         batch = self._place(make_rows(self.config, samples))
         if score_old:
             old = self._score(self.state.params, batch)
-            batch = dataclasses.replace(batch, old_logprobs=old, use_old=jnp.ones_like(batch.use_old))
+            # From the host: one small program less for each length.
+            use_old = jax.device_put(np.ones(batch.use_old.shape, bool), batch_shardings(batch, self.layout).use_old)
+            batch = dataclasses.replace(batch, old_logprobs=old, use_old=use_old)
         if self.needs_reference:
             batch = dataclasses.replace(batch, ref_logprobs=self._score(to_device(self.reference), batch))
         return batch
