@@ -16,6 +16,7 @@ from jaxrft.models.abstract import abstract_decoder
 from jaxrft.models.attention import KERNELS
 from jaxrft.models.attention.choice import Use, choose
 from jaxrft.models.attention.chunked import ACCELERATOR_BLOCKS, BLOCKS
+from jaxrft.models.attention.cudnn_packed import most_segments
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, describe
 from jaxrft.parallel.description import Description
@@ -135,11 +136,16 @@ class Sizes:
         if self.attention == "dense":
             return 0.0, 0.0
         norms = FLOAT32 * self.tokens * self.spec.num_heads / self.tensor
+        heads = self.widths["attention"]
+        if self.attention == "cudnn" and self.config.batching.pack:
+            # For each segment that a row may have. As rows with more are computed otherwise, arguments and result are
+            # kept once more, with keys and values of each head; in the backward pass, their cotangents.
+            norms *= most_segments(self.time, self.spec.head_dim)
+            return norms + self.bytes_of(4 * heads + 2 * self.widths["key"]), norms + self.bytes_of(2 * heads)
         if self.attention != "chunked":
             return norms, norms
         # Its result in blocks; in the backward pass the cotangent likewise, the sum of the queries', and a block's
         # scores, weights and cotangents.
-        heads = self.widths["attention"]
         query_block, key_block = BLOCKS.get(self.platform, ACCELERATOR_BLOCKS)
         tile = self.whole_scores(self.rows * min(query_block, self.time), min(key_block, self.time))
         return norms + self.bytes_of(heads), self.bytes_of(heads) + FLOAT32 * self.tokens * heads + 4 * tile
