@@ -169,7 +169,9 @@ class Sizes:
             return self.bytes_of(self.spec.hidden_size)
         if self.remat == "save":
             names = {"layer_input", *self.config.memory.remat_names}
-            attention = self.blocked_attention[0] if "attention" in names else 0.0
+            # What cuDNN keeps has no name: its forward pass runs again.
+            named = "attention" in names and self.attention != "cudnn"
+            attention = self.blocked_attention[0] if named else 0.0
             return self.bytes_of(sum(self.widths[name] for name in names)) + attention
         if self.platform != "cpu" or self.scan:
             return self.whole_layer

@@ -81,8 +81,8 @@ def _kernels(use: Use) -> tuple[str, ...]:
     if use.platform == "cpu":
         return ()
     # Packed, neither has been measured. Triton's visits what is there, and is ours; cuDNN's is behind an interface that
-    # is not public, takes memory and time for segments that a row does not have, and its program asks the device, at
-    # each layer, whether there are more.
+    # is not public, takes memory and time for segments that a row does not have, and asks at each layer whether there
+    # are more.
     return ("triton", "cudnn") if use.packed else ("cudnn", "triton")
 
 
