@@ -3,10 +3,11 @@
     python benchmarks/attention.py --output attention.json
     python benchmarks/attention.py --shapes 1.5B --lengths 8192 65536 --masks packed --dtype bfloat16
 
-A case is one layer's attention over rows of a length: causal, with a sliding window, or packed with segments of an
-eighth of the row on average. The implementations take turns, and the median of the repeats counts. FLOPs are those of
-the scores that are seen: 4 x heads x head size for each, and 2.5 times as many more for the gradient. Beside them
-torch's scaled_dot_product_attention, where torch is installed (causal rows alone: it has no kernel for packed ones).
+A case is one layer's attention over rows of a length: causal, with a sliding window, or packed with eight segments of
+any length, which are as many as cuDNN's program for packed rows takes at any length. The implementations take turns,
+and the median of the repeats counts. FLOPs are those of the scores that are seen: 4 x heads x head size for each, and
+2.5 times as many more for the gradient. Beside them torch's scaled_dot_product_attention, where torch is installed
+(causal rows alone: it has no kernel for packed ones).
 Values and gradients of each are compared with whole scores, where these fit ``--dense-limit``.
 """
 
@@ -82,8 +83,8 @@ def make_mask(kind: str, rows: int, length: int) -> tuple[Any, np.ndarray]:
     if kind == "window":
         window = max(length // 8, 1)
     if kind == "packed":
-        starts = rng.random((rows, length)) < 8 / length
-        segments = np.cumsum(starts, axis=1).astype(np.int32)
+        cuts = [np.sort(rng.choice(np.arange(1, length), min(7, length - 1), replace=False)) for _ in range(rows)]
+        segments = np.stack([np.searchsorted(row, np.arange(length), side="right") for row in cuts]).astype(np.int32)
     mask = causal_mask(length, window, segments)
     return mask, np.asarray(mask.last - mask.first + 1)
 

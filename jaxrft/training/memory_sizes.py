@@ -16,6 +16,7 @@ from jaxrft.models.abstract import abstract_decoder
 from jaxrft.models.attention import KERNELS
 from jaxrft.models.attention.choice import Use, choose
 from jaxrft.models.attention.chunked import ACCELERATOR_BLOCKS, BLOCKS
+from jaxrft.models.attention.cudnn_packed import most_segments
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, describe
 from jaxrft.parallel.description import Description
@@ -135,11 +136,16 @@ class Sizes:
         if self.attention == "dense":
             return 0.0, 0.0
         norms = FLOAT32 * self.tokens * self.spec.num_heads / self.tensor
+        heads = self.widths["attention"]
+        if self.attention == "cudnn" and self.config.batching.pack:
+            # For each segment that a row may have. As rows with more are computed otherwise, arguments and result are
+            # kept once more, with keys and values of each head; in the backward pass, their cotangents.
+            norms *= most_segments(self.time, self.spec.head_dim)
+            return norms + self.bytes_of(4 * heads + 2 * self.widths["key"]), norms + self.bytes_of(2 * heads)
         if self.attention != "chunked":
             return norms, norms
         # Its result in blocks; in the backward pass the cotangent likewise, the sum of the queries', and a block's
         # scores, weights and cotangents.
-        heads = self.widths["attention"]
         query_block, key_block = BLOCKS.get(self.platform, ACCELERATOR_BLOCKS)
         tile = self.whole_scores(self.rows * min(query_block, self.time), min(key_block, self.time))
         return norms + self.bytes_of(heads), self.bytes_of(heads) + FLOAT32 * self.tokens * heads + 4 * tile
@@ -163,7 +169,9 @@ class Sizes:
             return self.bytes_of(self.spec.hidden_size)
         if self.remat == "save":
             names = {"layer_input", *self.config.memory.remat_names}
-            attention = self.blocked_attention[0] if "attention" in names else 0.0
+            # What cuDNN keeps has no name: its forward pass runs again.
+            named = "attention" in names and self.attention != "cudnn"
+            attention = self.blocked_attention[0] if named else 0.0
             return self.bytes_of(sum(self.widths[name] for name in names)) + attention
         if self.platform != "cpu" or self.scan:
             return self.whole_layer

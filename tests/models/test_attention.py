@@ -233,8 +233,9 @@ def working_kernels(monkeypatch):
         ({"packed": True}, "triton"),
         ({"shares_time": True}, "triton"),
         ({"mixed": True}, "triton"),
-        ({"packed": True, "head_dim": 80}, "chunked"),
-        ({"packed": True, "head_dim": 80, "keys": 1024}, "dense"),
+        ({"packed": True, "head_dim": 80}, "cudnn"),
+        ({"packed": True, "head_dim": 80, "mixed": True}, "chunked"),
+        ({"packed": True, "head_dim": 80, "mixed": True, "keys": 1024}, "dense"),
         ({"dtype": "float32"}, "chunked"),
         ({"dtype": "float32", "keys": 64}, "dense"),
         ({"platform": "cpu", "dtype": "float32", "keys": 512}, "dense"),
@@ -258,7 +259,7 @@ def test_decoding_is_by_triton_where_it_is_asked_for():
     [
         ("flash", {}, "got 'flash', takes auto, dense, chunked, cudnn, triton"),
         ("cudnn", {"platform": "cpu"}, "'cudnn', which needs an NVIDIA GPU; takes auto, dense or chunked"),
-        ("cudnn", {"packed": True}, "does not take packed rows"),
+        ("cudnn", {"packed": True, "shares_time": True}, "several devices share"),
         ("cudnn", {"shares_time": True}, "several devices share"),
         ("cudnn", {"mixed": True}, "different windows"),
         ("triton", {"dtype": "float32"}, "takes bfloat16 and float16, not float32"),
@@ -274,14 +275,14 @@ def test_what_is_asked_for_and_cannot_be_is_refused(wanted, changes, message):
 def test_a_choice_is_logged_once(working_kernels, caplog):
     with caplog.at_level("INFO", logger=choice.__name__):
         for _ in range(3):
-            choice.choose("auto", dataclasses.replace(GPU, head_dim=80, packed=True))
+            choice.choose("auto", dataclasses.replace(GPU, head_dim=80, packed=True, mixed=True))
     assert [r.getMessage().split(" for ")[0] for r in caplog.records] == ["attention: chunked"]
-    assert "triton takes heads of 16, 32, 64, 128, 256 channels, not 80" in caplog.records[0].getMessage()
+    assert "triton takes heads of 16, 32, 64, 128, 256 channels, not 80; cudnn does" in caplog.records[0].getMessage()
 
 
 def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch):
     """Leaking across segments, raising, or right: as the probe finds."""
-    arguments = ("triton", "float32", 16)
+    arguments = ("triton", "float32", 16, None, True)
 
     def leaks(query, key, value, mask):
         return attend_dense(query, key, value, dataclasses.replace(mask, first=jnp.zeros_like(mask.first)))

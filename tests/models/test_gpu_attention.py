@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrft.models.attention import KERNELS, cache_mask, choice
+from jaxrft.models.attention import KERNELS, cache_mask, causal_mask, choice
+from jaxrft.models.attention.cudnn_packed import missing_interface, most_segments
+from jaxrft.models.attention.probing import PROBE_TOLERANCE
 from jaxrft.models.attention.triton_decode import attend_triton_decode
 
 pytestmark = pytest.mark.gpu
@@ -18,10 +20,50 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kernel", ["cudnn", "triton"])
 def test_values_and_gradients(kernel, dtype, head_dim, window):
-    assert choice.probe(kernel, dtype, head_dim, window) is None
+    assert choice.probe(kernel, dtype, head_dim, window, packed=kernel == "triton") is None
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_packed_rows_by_cudnn(dtype, head_dim, window):
+    needs_hopper()
+    assert missing_interface() is None
+    assert choice.probe("cudnn", dtype, head_dim, window, packed=True) is None
+
+
+@pytest.mark.parametrize("segments", [1, 5, 32, 100])
+def test_long_packed_rows_by_cudnn(segments):
+    """Of one segment, of as many as the program is made for, and of more, for which it takes another way."""
+    needs_hopper()
+    rng, rows, time = np.random.default_rng(0), 2, 2048
+    assert most_segments(time, 64) == 32
+    starts = [np.sort(rng.choice(np.arange(1, time), segments - 1, replace=False)) for _ in range(rows)]
+    ids = np.stack([np.searchsorted(row, np.arange(time), side="right") for row in starts])
+    shapes = [(rows, time, 14, 64), *[(rows, 2, time, 64)] * 2, (rows, time, 14, 64)]
+    *inputs, weight = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+
+    def results(kernel):
+        def loss(*inputs):
+            out = KERNELS[kernel](*inputs, causal_mask(time, None, jnp.asarray(ids)))
+            return jnp.sum((out * weight).astype(jnp.float32)), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
+        return out, *gradients
+
+    for a, b in zip(results("cudnn"), results("dense")):
+        a, b = np.float32(a), np.float32(b)
+        assert np.abs(a - b).max() <= PROBE_TOLERANCE * np.abs(b).max()
+
+
+def needs_hopper():
+    capability = jax.local_devices()[0].compute_capability
+    if float(capability) < 9.0:
+        pytest.skip(f"cuDNN takes packed rows from Hopper (9.0) on, and this GPU is of {capability}")
 
 
 def test_long_packed_rows_go_to_triton():
+    """Until it has been measured which of the two is faster."""
     use = choice.Use(platform="gpu", dtype="bfloat16", head_dim=128, keys=65536, packed=True)
     assert choice.choose("auto", use) == "triton"
     assert choice.choose("auto", dataclasses.replace(use, packed=False)) == "cudnn"

@@ -216,6 +216,23 @@ def test_rows_of_packed_micro_batches():
     assert found == pytest.approx(activations() * 15 * 2500 / (64 * 1000))
 
 
+def test_packed_rows_by_cudnn():
+    """It keeps a number for each segment that a row may have, and its arguments and result once more."""
+
+    def kept(kernel, **memory):
+        model = {"dtype": "bfloat16", "attention": kernel}
+        config = config_of(rows=4, length=4096, model=model, memory=memory, batching={"pack": True})
+        return plan_of(config, LARGE).update["activations kept"]
+
+    tokens, layers, heads, kv_heads, head_dim = 4 * 4096, 24, 16, 8, 128
+    segments = 4 * heads * (head_dim // 2 - 1)
+    again = 2 * (4 * heads + 2 * kv_heads) * head_dim
+    gap = kept("cudnn", remat="none") - kept("triton", remat="none")
+    assert gap == pytest.approx(tokens * layers * (segments + again))
+    # Of what has a name, nothing more.
+    assert kept("cudnn", remat="save") <= kept("triton", remat="save")
+
+
 def test_types():
     """Halves of parameters, activations and caches; moments and gradients stay float32."""
 

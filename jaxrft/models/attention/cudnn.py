@@ -1,8 +1,4 @@
-"""cuDNN's fused attention, for rows of one segment each.
-
-Packed rows go to the Triton kernels: through JAX, cuDNN takes them by offsets alone, in an interface that is not
-public, for a number of segments that is fixed when the program is made.
-"""
+"""cuDNN's fused attention: by JAX's public function for rows of one segment each."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrft.models.attention.cudnn_packed import attend_cudnn_packed
 from jaxrft.models.attention.mask import AttentionMask
 
 
@@ -21,9 +18,11 @@ def attend_cudnn(
 ) -> Float[Array, "batch time heads head_dim"]:
     """Grouped-query attention of causal rows, of 16 bits a number.
 
-    What stands behind a row's length is 0, where lengths are known. They are given to cuDNN, never a mask: it would
-    be an array of queries by keys.
+    What stands behind a row's length is 0, where lengths are known. They are given to cuDNN, or a packed row's
+    segments, never a mask: it would be an array of queries by keys.
     """
+    if mask.packed:
+        return attend_cudnn_packed(query, key, value, mask)
     # A row of no token at all would divide by 0.
     lengths = None if mask.lengths is None else jnp.maximum(mask.lengths, 1).astype(jnp.int32)
     return jax.nn.dot_product_attention(

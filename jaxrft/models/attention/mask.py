@@ -27,6 +27,7 @@ class AttentionMask:
         lengths: valid tokens of right-padded rows; None: not known, or several segments a row.
         kernel: which implementation attends, of ``jaxrft.models.attention.KERNELS``.
         window: keys that a query sees at most; None: no sliding window, or one that differs from layer to layer.
+        packed: whether a row may hold several segments.
     """
 
     first: Int[Array, "one_or_batch time"]
@@ -34,6 +35,7 @@ class AttentionMask:
     lengths: Int[Array, "batch"] | None = None
     kernel: str = dataclasses.field(default="dense", metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def visible(self, keys: Int[Array, "keys"]) -> Bool[Array, "one_or_batch time keys"]:
         """Which of the keys at these places each query sees."""
@@ -60,8 +62,9 @@ def causal_mask(
     first = jnp.zeros_like(last) if segment_ids is None else segment_starts(segment_ids)
     if sliding_window is not None and sliding_window < length:
         first = jnp.maximum(first, last - sliding_window + 1)
-    lengths = lengths if segment_ids is None else None
-    return AttentionMask(first, jnp.broadcast_to(last, first.shape), lengths, kernel, sliding_window)
+    packed = segment_ids is not None
+    lengths = None if packed else lengths
+    return AttentionMask(first, jnp.broadcast_to(last, first.shape), lengths, kernel, sliding_window, packed)
 
 
 def cache_mask(
@@ -80,6 +83,29 @@ def segment_starts(segment_ids: Int[Array, "batch time"]) -> Int[Array, "batch t
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     new = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], axis=1) != 0
     return jnp.maximum.accumulate(jnp.where(new, index, 0), axis=1)
+
+
+def segments(mask: AttentionMask, most: int) -> tuple[Any, Any, Any]:
+    """The segments of causal rows, the padding behind them among these: every token is in one.
+
+    Args:
+        most: segments of a row that are looked for.
+
+    Returns:
+        Place of each segment's first token, Int[Array, "one_or_batch most"]; its tokens, likewise; -1 for both where
+        a row has fewer. And Bool[Array, ""]: whether these are all. Where a row has more, the others are left out.
+    """
+    length = mask.first.shape[1]
+    # A token that sees itself alone starts a segment. With a window of one token each is one, and sees what it should.
+    number = jnp.cumsum(mask.first == mask.last, axis=1, dtype=jnp.int32)
+    wanted = jnp.arange(1, most + 2, dtype=jnp.int32)
+    starts = jax.vmap(lambda n: jnp.searchsorted(n, wanted, side="left"))(number).astype(jnp.int32)
+    there = starts[:, :-1] < length
+    return (
+        jnp.where(there, starts[:, :-1], -1),
+        jnp.where(there, jnp.diff(starts, axis=1), -1),
+        jnp.all(number[:, -1] <= most),
+    )
 
 
 def blocks_of_keys(mask: AttentionMask, query_block: int, key_block: int) -> tuple[Any, Any]:

@@ -1,0 +1,64 @@
+"""Whether an implementation of attention works on this device: it is tried before it is taken."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrft.models.attention import KERNELS
+from jaxrft.models.attention.mask import causal_mask
+
+# Of a kernel's result and gradients from those of whole scores, of the largest of them: some roundings of bfloat16.
+PROBE_TOLERANCE = 0.05
+
+
+@functools.lru_cache(maxsize=32)
+def probe(kernel: str, dtype: str, head_dim: int, window: int | None = None, packed: bool = False) -> str | None:
+    """Runs a kernel on a small case and compares it, gradients too, with whole scores.
+
+    Whether a kernel works depends on the GPU and on the versions of compilers and libraries, which no table keeps
+    up with; and a kernel that is wrong would train a model wrongly.
+
+    Args:
+        packed: whether the case is of packed rows, else of rows with lengths.
+
+    Returns:
+        What is wrong; None: nothing is.
+    """
+    with jax.ensure_compile_time_eval():
+        try:
+            got, expected = (_probed(name, packed, dtype, head_dim, window) for name in (kernel, "dense"))
+        except Exception as error:
+            return f"fails here ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
+    for name, a, b in zip(("values", "gradients of queries", "of keys", "of values"), got, expected):
+        gap = float(np.abs(a - b).max() / np.abs(b).max())
+        if not gap <= PROBE_TOLERANCE:
+            return f"gives wrong {name} here (off by {gap:.2g} of the largest)"
+    return None
+
+
+def _probed(kernel: str, packed: bool, dtype: str, head_dim: int, window: int | None) -> list[np.ndarray]:
+    batch, time, heads, kv_heads = 2, 192, 4, 2
+    rng = np.random.default_rng(0)
+    shapes = [(batch, time, heads, head_dim), *[(batch, kv_heads, time, head_dim)] * 2]
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    weight = rng.normal(size=shapes[0]).astype(np.float32)
+    # Lengths, behind which anything may stand, or segments, of which one is padding: of any length, and not as many in
+    # each row, so that places that are counted wrongly are seen.
+    lengths = np.array([time, 150 if packed else time // 3], np.int32)
+    weight[np.arange(time)[None] >= lengths[:, None]] = 0.0
+    rows = ((1, 70, 33, 64, 24), (60, 90, 42))
+    ids = np.stack([np.repeat(np.arange(len(row), dtype=np.int32), row) for row in rows])
+    kind: dict[str, Any] = {"segment_ids": ids} if packed else {"lengths": lengths}
+    narrow = None if window is None else min(window, time // 4)
+
+    def value(*arrays):
+        out = KERNELS[kernel](*arrays, causal_mask(time, narrow, **kind))
+        return jnp.sum(out * weight), out * weight
+
+    gradients, out = jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    return [np.asarray(a, np.float32) for a in (out, *gradients)]
