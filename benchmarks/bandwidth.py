@@ -28,7 +28,14 @@ def copy_bandwidth(megabytes: int | None = None, repeats: int = 10) -> dict[str,
 
 
 def decode_step_bytes(
-    spec: DecoderSpec, *, completions: int, slots: int, prompt_length: int, response_length: int, dtype: str
+    spec: DecoderSpec,
+    *,
+    completions: int,
+    slots: int,
+    prompt_length: int,
+    response_length: int,
+    dtype: str,
+    kernel_dtype: str | None = None,
 ) -> dict[str, float]:
     """Bytes that one token of every completion needs read, on average over the response.
 
@@ -39,10 +46,14 @@ def decode_step_bytes(
         spec: of the model.
         completions: generated in all.
         slots: at the same time; more completions than these need the weights again.
+        dtype: of the computation.
+        kernel_dtype: of the layers' kernels, where they are kept in another.
     """
     width = jnp.dtype(dtype).itemsize
+    kernel_width = jnp.dtype(kernel_dtype or dtype).itemsize
     attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
     layers = spec.num_layers * (attention + 3 * spec.hidden_size * spec.intermediate_size)
-    weights = (layers + spec.hidden_size * spec.vocab_size) * width * math.ceil(completions / slots)
+    whole = layers * kernel_width + spec.hidden_size * spec.vocab_size * width
+    weights = whole * math.ceil(completions / slots)
     token = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * width
     return {"weights": weights, "cache": completions * token * (prompt_length + response_length / 2)}

@@ -47,7 +47,7 @@ def _phase(side: dict[str, Any], phase: str) -> float:
 def rollout(report: Report, axes_of: Callable[..., Any]) -> None:
     """Tokens per second by completions at once."""
     cases = report["cases"]
-    sides = [name for name in ("jaxrft", "vllm", "transformers") if name in cases[0]]
+    sides = [name for name in ("jaxrft", "jaxrft_fp8", "vllm", "transformers") if name in cases[0]]
     labels = [f"{c['concurrency']}\n{c['prompt_length']} + {c['response_length']}" for c in cases]
     [axis] = axes_of(1, 1, max(5.0, 1.3 * len(cases)), 3.4)
     values = {name: [case[name]["tokens_per_second"] for case in cases] for name in sides}

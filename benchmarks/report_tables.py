@@ -9,7 +9,7 @@ from typing import Any
 Report = dict[str, Any]
 Rows = list[list[str]]
 
-NAMES = {"jaxrft": "jaxrft", "vllm": "vLLM", "transformers": "transformers"}
+NAMES = {"jaxrft": "jaxrft", "jaxrft_fp8": "jaxrft in fp8", "vllm": "vLLM", "transformers": "transformers"}
 
 
 def number(value: float | None) -> str:

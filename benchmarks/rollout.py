@@ -4,6 +4,7 @@
     python benchmarks/rollout.py --model Qwen/Qwen2.5-0.5B --dtype bfloat16 --concurrency 1 64 256
     python benchmarks/rollout.py --shape 1.5B --dtype bfloat16 --concurrency 256 --output rollout.json
     python benchmarks/rollout.py --vllm ~/vllm/bin/python --concurrency 64 --output rollout.json
+    python benchmarks/rollout.py --shape 1.5B --dtype bfloat16 --fp8 --concurrency 1 64 --output rollout.json
 
 Runs on a CPU and on a GPU. Without --model, all sides run a Qwen2 of the given shape with random
 weights. With --vllm a server is started by that interpreter and fed with the native engine's very
@@ -14,6 +15,7 @@ turn, so that nobody has them in a cache, and the median of the repeats counts.
 A step is one token of every completion, prefill included. floor_ratio is its time over that in which
 the device could read the weights and the filled part of the caches at the speed of a plain copy,
 measured in the same process: what a step takes at least where memory is the limit, as it is on a GPU.
+With --fp8 the native engine runs a second time, with kernels in 8 bits; its floor is that of its own bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from jaxrft.models import Decoder
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 # Names in the report, each side over those after it.
-RATIOS = (("jaxrft", "transformers"), ("jaxrft", "vllm"), ("vllm", "transformers"))
+RATIOS = (("jaxrft", "transformers"), ("jaxrft", "vllm"), ("vllm", "transformers"), ("jaxrft_fp8", "jaxrft"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,6 +101,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--fp8", action="store_true", help="run the native engine with quantization=fp8 too")
     parser.add_argument("--no-peer", action="store_true", help="do not run transformers")
     parser.add_argument("--vllm", metavar="PYTHON", help="has vLLM: run it too (heads of 32 channels at least)")
     parser.add_argument("--vllm-memory", type=float, default=0.4, help="share of a GPU's memory (default: 0.4)")
@@ -119,12 +122,22 @@ def start_vllm(arguments: argparse.Namespace, model: Decoder) -> Any:
     )
 
 
+def native_sides(arguments: argparse.Namespace) -> dict[str, str]:
+    """How the native engine runs, by the side's name."""
+    return {"jaxrft": "none"} | ({"jaxrft_fp8": "fp8"} if arguments.fp8 else {})
+
+
 def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, response_length) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shape = (max(1, concurrency // arguments.group), prompt_length)
     slots = arguments.max_slots or concurrency
-    with sides_of.native_engine(model, slots, prompt_length + response_length, arguments) as engine:
-        sides = {"jaxrft": sides_of.engine_side(engine, response_length, arguments)}
+    length = prompt_length + response_length
+    with contextlib.ExitStack() as stack:
+        engines = {}
+        for name, quantization in native_sides(arguments).items():
+            engine = sides_of.native_engine(model, slots, length, arguments, quantization)
+            engines[name] = stack.enter_context(engine)
+        sides = {name: sides_of.engine_side(engine, response_length, arguments) for name, engine in engines.items()}
         if vllm is not None:
             sides["vllm"] = sides_of.engine_side(vllm, response_length, arguments)
         if peer is not None:
@@ -133,13 +146,14 @@ def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, respon
         for _ in range(1 + arguments.repeats):
             prompts = rng.integers(0, model.spec.vocab_size, shape)
             turns.append({name: timed(side, prompts) for name, side in sides.items()})
-        compilations = engine.compilations
+        compilations = {name: engine.compilations for name, engine in engines.items()}
     tokens = shape[0] * arguments.group * response_length
     first, *rest = turns
     result: dict[str, Any] = {
         name: summary([turn[name] for turn in rest], first[name], tokens, response_length) for name in sides
     }
-    result["jaxrft"]["compilations"] = compilations
+    for name, count in compilations.items():
+        result[name]["compilations"] = count
     for one, other in RATIOS:
         if one in sides and other in sides:
             ratio = result[one]["tokens_per_second"] / result[other]["tokens_per_second"]
@@ -149,15 +163,27 @@ def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, respon
 
 def floor(arguments, model, copy, measured, *, concurrency, prompt_length, response_length) -> dict[str, Any]:
     """The least time of a decode step, and each side's over it."""
-    completions = max(1, concurrency // arguments.group) * arguments.group
-    needed = bandwidth.decode_step_bytes(
-        model.spec, completions=completions, slots=arguments.max_slots or concurrency, prompt_length=prompt_length,
-        response_length=response_length, dtype=arguments.dtype,
-    )  # fmt: skip
-    milliseconds = 1000 * sum(needed.values()) / copy["bytes_per_second"]
-    sides = {name: found["ms_per_step"] for name, found in measured.items() if isinstance(found, dict)}
-    ratios = {name: round(step / milliseconds, 3) for name, step in sides.items()}
-    return {"floor": {"bytes": needed, "ms_per_step": milliseconds}, "floor_ratio": ratios}
+    shape = {
+        "completions": max(1, concurrency // arguments.group) * arguments.group,
+        "slots": arguments.max_slots or concurrency,
+        "prompt_length": prompt_length,
+        "response_length": response_length,
+        "dtype": arguments.dtype,
+    }
+
+    def least(**changed: str) -> dict[str, Any]:
+        needed = bandwidth.decode_step_bytes(model.spec, **shape, **changed)
+        return {"bytes": needed, "ms_per_step": 1000 * sum(needed.values()) / copy["bytes_per_second"]}
+
+    floors = {"floor": least()}
+    if arguments.fp8:
+        floors["floor_fp8"] = least(kernel_dtype="float8_e4m3fn")
+    ratios = {}
+    for name, found in measured.items():
+        if isinstance(found, dict):
+            own = floors["floor_fp8" if name == "jaxrft_fp8" else "floor"]
+            ratios[name] = round(found["ms_per_step"] / own["ms_per_step"], 3)
+    return floors | {"floor_ratio": ratios}
 
 
 def timed(side: sides_of.Side, prompts: np.ndarray) -> float:

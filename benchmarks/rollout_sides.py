@@ -78,8 +78,11 @@ def engine_side(engine: Any, response_length: int, arguments: argparse.Namespace
     return run
 
 
-def native_engine(model: Decoder, slots: int, max_length: int, arguments: argparse.Namespace) -> NativeEngine:
-    return NativeEngine(model, max_slots=slots, max_length=max_length, decode_chunk=arguments.decode_chunk)
+def native_engine(
+    model: Decoder, slots: int, max_length: int, arguments: argparse.Namespace, quantization: Any = "none"
+) -> NativeEngine:
+    options = {"max_slots": slots, "max_length": max_length, "decode_chunk": arguments.decode_chunk}
+    return NativeEngine(model, **options, quantization=quantization)
 
 
 def transformers_side(peer: Any, response_length: int, arguments: argparse.Namespace) -> Side:

@@ -75,6 +75,12 @@ _GPU = (
         f"--shape 1.5B {_BF16} --concurrency 64 --prompt-length 512 2048 --response-length 128 1024 --repeats 2 "
         "--no-peer",
     ),
+    Entry(
+        "rollout_fp8",
+        "rollout",
+        f"--shape 1.5B {_BF16} --fp8 --concurrency 1 16 64 256 --prompt-length 128 --response-length 256 --repeats 3 "
+        "--no-peer",
+    ),
     Entry("weight_transfer", "weight_transfer", "--sizes 0.5B 1.5B", ("vllm",)),
     Entry("loading", "loading"),
 )

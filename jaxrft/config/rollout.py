@@ -119,6 +119,11 @@ class RolloutConfig(Section):
     decode_chunk: int = option(
         8, "Tokens decoded for every slot before the native engine looks at what has ended.", minimum=1
     )
+    quantization: Literal["none", "fp8"] = option(
+        "none",
+        "fp8: the native engine generates from kernels in 8-bit floating point, half the bytes of bfloat16. Its "
+        "probabilities are then not the trainer's, which wants algorithm.correction.",
+    )
     min_tokens: int = option(0, "Tokens a completion has at least.", minimum=0)
     stop: list[str] = option(factory=list, help="Texts that end a completion. They stay in it.")
     stop_token_ids: list[int] = option(
@@ -143,3 +148,8 @@ class RolloutConfig(Section):
     def check(self) -> None:
         if self.engine != "vllm" and self.vllm != VLLMConfig():
             raise ConfigError(f"vllm: set with engine {self.engine}; set engine=vllm, or remove it")
+        if self.engine == "vllm" and self.quantization != "none":
+            raise ConfigError(
+                f"quantization: got {self.quantization} with engine vllm; it is the native engine's: remove it, or set "
+                "engine=native"
+            )

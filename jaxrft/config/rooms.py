@@ -261,7 +261,8 @@ class AuditConfig(Section):
     )
     logprob_tolerance: float | None = option(
         None,
-        "Largest gap of log-probabilities between engine and trainer. None: 1e-4 in float32, 5e-2 mean in bfloat16.",
+        "Largest gap of log-probabilities between engine and trainer. None: 1e-4 in float32, 5e-2 mean in bfloat16, "
+        "1e-1 mean with rollout.quantization.",
         above=0,
     )
 

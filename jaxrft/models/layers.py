@@ -59,7 +59,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         """The projection of the last axis."""
         axes, units = parallel.logical_axes(self.kernel)
-        y = project(x, self.kernel[...], axes, units)
+        # Not indexed: it may be a quantised one.
+        y = project(x, self.kernel.get_value(), axes, units)
         if self.bias is None:
             return y
         return y + parallel.gather(self.bias[...].astype(self.dtype), axes[1:], units[1:])

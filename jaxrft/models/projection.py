@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrft import parallel
 from jaxrft.models.precision import matmul_precision
+from jaxrft.models.quantization import QuantizedKernel
 
 Axes = tuple[str, str]
 
@@ -27,11 +28,11 @@ def leading(x: Array) -> tuple[str | None, ...]:
     return ("batch", "time")[: x.ndim - 1] + (None,) * (x.ndim - 3)
 
 
-def _product(x: Array, w: Array) -> Array:
-    precision = matmul_precision(x.dtype)
+def _product(x: Array, w: Array, dtype: Any = None) -> Array:
+    options: dict[str, Any] = {"precision": matmul_precision(x.dtype), "preferred_element_type": dtype}
     if _flattens():
-        return jnp.matmul(x.reshape(-1, x.shape[-1]), w, precision=precision).reshape(*x.shape[:-1], -1)
-    return jnp.matmul(x, w, precision=precision)
+        return jnp.matmul(x.reshape(-1, x.shape[-1]), w, **options).reshape(*x.shape[:-1], -1)
+    return jnp.matmul(x, w, **options)
 
 
 def _flattens() -> bool:
@@ -44,25 +45,46 @@ def _flattens() -> bool:
     return jax.default_backend() == "cpu" and (layout is None or layout.mesh.shape["sequence"] == 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(
-    x: Float[Array, "... inputs"], kernel: Float[Array, "inputs outputs"], axes: Axes, units: tuple[int, int]
+    x: Float[Array, "... inputs"],
+    kernel: Float[Array, "inputs outputs"] | QuantizedKernel,
+    axes: Axes,
+    units: tuple[int, int],
 ) -> Float[Array, "... outputs"]:
     """``x @ kernel`` in the type of ``x``.
 
     Args:
         x: one, two or three axes: [batch, time, inputs].
-        kernel: the parameter, of any floating-point type and placement.
+        kernel: the parameter, of any floating-point type and placement; a quantised one has no gradient.
         axes: logical names of the kernel's axes.
         units: blocks of each of them that must not be cut.
     """
+    if isinstance(kernel, QuantizedKernel):
+        return _project_quantized(x, kernel, axes, units)
+    return _project_trained(x, kernel, axes, units)
+
+
+def _project_quantized(x, kernel, axes, units):
+    # A conversion that waits for nothing would be moved to the start of the program, out of its loop over tokens, and
+    # the wider kernels of all layers would lie in memory, to be read in the 8 bits' place.
+    kernel, x = jax.lax.optimization_barrier((kernel, x))
+    w = parallel.gather(kernel.values, axes, units).astype(x.dtype)
+    # Before it is scaled the product may be too large for float16.
+    y = _product(x, w, jnp.float32) * parallel.gather(kernel.scale, axes[1:], units[1:])
+    return _placed(y.astype(x.dtype), axes, units)
+
+
+def _placed(y, axes, units):
+    return parallel.constrain(y, (*leading(y), axes[1]), (*y.shape[:-1], units[1]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project_trained(x, kernel, axes, units):
     return _project(x, kernel, axes, units)
 
 
 def _project(x, kernel, axes, units):
-    w = parallel.gather(kernel.astype(x.dtype), axes, units)
-    y = _product(x, w)
-    return parallel.constrain(y, (*leading(y), axes[1]), (*y.shape[:-1], units[1]))
+    return _placed(_product(x, parallel.gather(kernel.astype(x.dtype), axes, units)), axes, units)
 
 
 def _project_forward(x, kernel, axes, units):
@@ -87,7 +109,7 @@ def _project_backward(axes, units, residuals, dy):
     return dx, parallel.constrain_gradient(dw, axes, units).astype(kernel.dtype)
 
 
-project.defvjp(_project_forward, _project_backward)
+_project_trained.defvjp(_project_forward, _project_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

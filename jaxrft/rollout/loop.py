@@ -13,6 +13,7 @@ from jaxrft.rollout.records import SamplingParams
 from jaxrft.rollout.sampling import modes, sampling_values
 from jaxrft.rollout.scheduler import Group, Scheduler, cache_bucket, pad_prompts
 from jaxrft.rollout.slots import SlotState
+from jaxrft.rollout.weights import Leaf
 
 
 class Loop:
@@ -30,7 +31,7 @@ class Loop:
     def __init__(
         self,
         programs: Programs,
-        leaves: tuple[jax.Array, ...],
+        leaves: tuple[Leaf, ...],
         scheduler: Scheduler,
         sampling: SamplingParams,
         eos_ids: tuple[int, ...],

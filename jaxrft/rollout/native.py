@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import jax
 from flax import nnx
@@ -23,7 +23,8 @@ class NativeEngine:
     """Generates completions in slots that are refilled as they end.
 
     It holds the parameters it is given by reference and copies nothing: after a step that donates
-    them, hand the new ones over with :meth:`update_weights`.
+    them, hand the new ones over with :meth:`update_weights`. Where the model computes in another type, or
+    ``quantization`` is on, each :meth:`generate` makes a copy of the matrices for itself.
 
     Each prompt is run once for all completions of its request. Then chunks of ``decode_chunk`` tokens are
     decoded for all slots; between them the host takes out what has ended and puts in what waits. A chunk
@@ -39,6 +40,8 @@ class NativeEngine:
         decode_chunk: tokens decoded before the host looks at what has ended.
         max_prefill_tokens: prompt tokens, padding included, that are run at once where there are several prompts.
         eos_token_ids: end-of-sequence tokens; None takes the tokenizer's.
+        quantization: ``fp8`` generates from the layers' kernels in 8-bit floating point. Log-probabilities are then
+            those of the quantised model, which completions are drawn from, not the trainer's.
 
     Attributes:
         version: of the weights that completions come from.
@@ -62,6 +65,7 @@ class NativeEngine:
         decode_chunk: int = 8,
         max_prefill_tokens: int = 8192,
         eos_token_ids: Sequence[int] | None = None,
+        quantization: Literal["none", "fp8"] = "none",
     ):
         numbers = {"max_slots": max_slots, "decode_chunk": decode_chunk, "max_prefill_tokens": max_prefill_tokens}
         for name, value in numbers.items():
@@ -69,6 +73,9 @@ class NativeEngine:
                 raise ConfigError(f"{name}: got {value!r}, takes an integer of at least 1")
         if max_length < 2:
             raise ConfigError(f"max_length: got {max_length!r}, takes at least 2: a prompt token and a drawn one")
+        if quantization not in ("none", "fp8"):
+            raise ConfigError(f"quantization: got {quantization!r}, takes none or fp8")
+        self._quantization = quantization
         self._asleep: set[str] = set()
         self._closed = False
         self._graphdef, params = nnx.split(model)
@@ -145,7 +152,7 @@ class NativeEngine:
         if treedef != self._treedef:
             raise ConfigError("params: not the state of this engine's model: pass the second result of nnx.split")
         self._leaves, self.version = tuple(leaves), version
-        self._programs = programs_of(self._graphdef, self._treedef, _mesh_of(leaves[0]))
+        self._programs = programs_of(self._graphdef, self._treedef, _mesh_of(leaves[0]), self._quantization)
 
     def sleep(self, level: int = 1) -> None:
         """Generates nothing until :meth:`wake`; at level 2 it also lets go of the weights.

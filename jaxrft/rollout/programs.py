@@ -8,7 +8,7 @@ The caches are as long as what is attended to, not as the longest completion the
 no more than it must, needs no second copy of the part it reads, and holds no memory for tokens to come.
 
 Programs take the model's parameters as a flat tuple of arrays, so that a call does not walk the module's
-state in Python.
+state in Python. Kernels may be quantised: each is then two arrays.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrft.parallel import Layout
 from jaxrft.rollout.sampling import Mode, SamplingValues, draw
 from jaxrft.rollout.slots import Cache, Placement, SlotState, advance, copy_rows, empty_state, place, resize
+from jaxrft.rollout.weights import Leaf, own_copy
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +52,18 @@ class Programs:
     Args:
         graphdef, treedef: the model and its parameters, without arrays.
         mesh: devices that the parameters lie on, which share out slots and heads; None: one device.
+        quantization: of the engine's copy of the kernels, ``none`` or ``fp8``.
 
     Attributes:
         compiled: name, shapes and static arguments of every program that was compiled.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None):
+    def __init__(self, graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None, quantization: str = "none"):
         self._graphdef, self._treedef = graphdef, treedef
+        self._quantizes = quantization == "fp8"
         self._layout = None if mesh is None else Layout(mesh, decoding=True)
         self.compiled: set[tuple[Any, ...]] = set()
-        self._cast = jax.jit(_cast, static_argnames="dtype")
+        self._cast = jax.jit(self._cast_impl, static_argnames="dtype")
         self._begin = jax.jit(self._begin_impl, static_argnames=("slots", "length"))
         self._prefill = jax.jit(self._prefill_impl)
         self._admit = jax.jit(self._admit_impl, static_argnames="mode", donate_argnames=("state", "caches"))
@@ -68,14 +71,16 @@ class Programs:
         statics = ("steps", "mode")
         self._decode = jax.jit(self._decode_impl, static_argnames=statics, donate_argnames=("state", "caches"))
 
-    def cast(self, leaves: tuple[Array, ...], dtype: Any) -> tuple[Array, ...]:
-        """The model's matrices in the type that it computes in, where they are kept in another.
+    def cast(self, leaves: tuple[Array, ...], dtype: Any) -> tuple[Leaf, ...]:
+        """The model's matrices in the type that it computes in, where they are kept in another; or quantised.
 
         Cast where they are used, they would be read in the wider type at every chunk of tokens.
         """
-        if all(leaf.ndim < 2 or leaf.dtype == dtype for leaf in leaves):
+        if not self._quantizes and all(leaf.ndim < 2 or leaf.dtype == dtype for leaf in leaves):
             return leaves
-        return self._call(("cast", dtype), self._cast, leaves, dtype=dtype)
+        made = self._call(("cast", dtype), self._cast, leaves, dtype=dtype)
+        # What a program hands through, it copies.
+        return tuple(leaf if own is None else own for own, leaf in zip(made, leaves, strict=True))
 
     def begin(self, leaves, values: SamplingValues, *, slots: int, length: int) -> tuple[SlotState, Caches]:
         """Slots with nothing in them, and caches of ``length`` tokens for each."""
@@ -140,12 +145,16 @@ class Programs:
         logger.info("compiled %s in %.2f s", " ".join(str(part) for part in key), time.perf_counter() - start)
         return result
 
-    def _model(self, leaves: tuple[Array, ...]) -> Any:
+    def _model(self, leaves: tuple[Leaf, ...]) -> Any:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
     def _traced(self) -> AbstractContextManager[Any]:
         """The context in which the model's code is traced."""
         return contextlib.nullcontext() if self._layout is None else self._layout.use()
+
+    def _cast_impl(self, leaves, *, dtype):
+        with self._traced():
+            return own_copy(jax.tree.unflatten(self._treedef, leaves), dtype, quantizes=self._quantizes)
 
     def _begin_impl(self, leaves, key, *, slots, length):
         return self._share_out((empty_state(key, slots=slots), self._model(leaves).init_cache(slots, length)))
@@ -204,12 +213,7 @@ class Programs:
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(sharding, tree))
 
 
-def _cast(leaves: tuple[Array, ...], *, dtype: Any) -> tuple[Array, ...]:
-    # Vectors, as of norms, are used as they are kept.
-    return tuple(leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves)
-
-
 @functools.lru_cache(maxsize=8)
-def programs_of(graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None) -> Programs:
+def programs_of(graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None, quantization: str = "none") -> Programs:
     """The programs of a model; made once for all engines of its shape on these devices."""
-    return Programs(graphdef, treedef, mesh)
+    return Programs(graphdef, treedef, mesh, quantization)

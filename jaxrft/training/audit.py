@@ -21,6 +21,11 @@ _CAUSES = {
     "text": "the text handed to the rewards is not what the model wrote: prompt glued to it, or tokens cut off",
 }
 
+# By whether the largest deviation counts.
+_WORDS = {True: "largest", False: "mean"}
+# Mean gap that weights in 8 bits may make, in nats: four times what they make in the quick start.
+QUANTIZED_TOLERANCE = 0.1
+
 
 class AuditError(RuntimeError):
     """The numbers of the first update contradict each other; nothing was trained."""
@@ -32,15 +37,17 @@ class Audit:
     Args:
         config: tolerances set by the user.
         dtype: ``float32`` or ``bfloat16``; float32 is held to the largest deviation, bfloat16 to the mean.
+        quantization: of the engine's weights. With any, its log-probabilities are held to the mean, with a tolerance
+            that lets the quantisation's own error through; what the trainer alone computes is held as without.
     """
 
-    def __init__(self, config: AuditConfig, dtype: str):
-        exact = dtype == "float32"
-        self._reduce = np.max if exact else np.mean
-        self.word = "largest" if exact else "mean"
-        self.ratio_tolerance = config.ratio_tolerance or (1e-5 if exact else 1e-2)
-        self.logprob_tolerance = config.logprob_tolerance or (1e-4 if exact else 5e-2)
-        self._exact = exact
+    def __init__(self, config: AuditConfig, dtype: str, quantization: str = "none"):
+        self._exact = dtype == "float32"
+        self._engine_exact = self._exact and quantization == "none"
+        self.word = _WORDS[self._engine_exact]
+        self.ratio_tolerance = config.ratio_tolerance or (1e-5 if self._exact else 1e-2)
+        engine = 1e-4 if self._engine_exact else 5e-2 if quantization == "none" else QUANTIZED_TOLERANCE
+        self.logprob_tolerance = config.logprob_tolerance or engine
 
     @property
     def ratio_bounds(self) -> np.ndarray:
@@ -59,7 +66,7 @@ class Audit:
             trained: which completions count at all.
 
         Returns:
-            The deviation: largest in float32, mean in bfloat16.
+            The deviation: largest in float32, mean in bfloat16 and with quantisation.
         """
         gaps = []
         for completion, row, places, counts in zip(completions, scored, mask > 0, trained):
@@ -71,17 +78,21 @@ class Audit:
                     f"{int(places.sum())} tokens are trained where the engine sampled {len(completion.token_ids)}",
                 )
             gaps.append(np.abs(row[places] - completion.logprobs))
-        return self._bound("engine", "log-probabilities of engine and trainer differ", gaps, self.logprob_tolerance)
+        message = "log-probabilities of engine and trainer differ"
+        return self._bound("engine", message, gaps, self.logprob_tolerance, self._engine_exact)
 
     def check_reference(self, reference: np.ndarray, scored: np.ndarray, mask: np.ndarray) -> float:
         """Before the first update the reference is the policy."""
         gaps = [np.abs(reference - scored)[mask > 0]]
-        return self._bound("reference", "log-probabilities of policy and reference differ", gaps, self.ratio_tolerance)
+        return self._bound(
+            "reference", "log-probabilities of policy and reference differ", gaps, self.ratio_tolerance, self._exact
+        )
 
     def check_ratio(self, mean: float, largest: float) -> float:
         """|ratio - 1| of the first update, as the step measured it."""
         value = largest if self._exact else mean
-        return self._bound("ratio", "|ratio - 1| before the first update is", [np.array([value])], self.ratio_tolerance)
+        message = "|ratio - 1| before the first update is"
+        return self._bound("ratio", message, [np.array([value])], self.ratio_tolerance, self._exact)
 
     def check_texts(
         self, tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
@@ -95,13 +106,13 @@ class Audit:
                 self._fail("text", f"the model wrote {both[len(before) :]!r}, the rewards saw {text!r}")
 
     def gap(self, deviations: np.ndarray) -> float:
-        """What is held against a tolerance: the largest of some deviations, or their mean."""
-        return float(self._reduce(deviations)) if deviations.size else 0.0
+        """What is held against ``logprob_tolerance``: the largest of some deviations, or their mean."""
+        return _reduced(deviations, self._engine_exact)
 
-    def _bound(self, cause: str, message: str, gaps: Sequence[np.ndarray], tolerance: float) -> float:
-        value = self.gap(np.concatenate([np.ravel(g) for g in gaps]) if gaps else np.zeros(1))
+    def _bound(self, cause: str, message: str, gaps: Sequence[np.ndarray], tolerance: float, exact: bool) -> float:
+        value = _reduced(np.concatenate([np.ravel(g) for g in gaps]) if gaps else np.zeros(1), exact)
         if not value <= tolerance:
-            self._fail(cause, f"{message}: {self.word} {value:.3g}, tolerance {tolerance:.3g}")
+            self._fail(cause, f"{message}: {_WORDS[exact]} {value:.3g}, tolerance {tolerance:.3g}")
         return value
 
     def _fail(self, cause: str, message: str) -> None:
@@ -109,3 +120,7 @@ class Audit:
             f"audit: {message}. Likely causes: {_CAUSES[cause]}. Nothing was trained. "
             "(audit.enabled=false trains regardless.)"
         )
+
+
+def _reduced(deviations: np.ndarray, exact: bool) -> float:
+    return float((np.max if exact else np.mean)(deviations)) if deviations.size else 0.0

@@ -99,7 +99,8 @@ class Cycle:
         samples = make_samples(rollout, self.config.mask_truncated_completions, drawn.dropped[drawn.groups])
         # Where nothing is trained there is nothing to compare: the audit waits.
         due = self._unaudited and any(s.trained for s in samples)
-        audit = Audit(self.config.audit, np.dtype(self.trainer.model.dtype).name) if due else None
+        dtype = np.dtype(self.trainer.model.dtype).name
+        audit = Audit(self.config.audit, dtype, self.config.rollout.quantization) if due else None
         first = None if self._run.record["audited"] else audit
         if audit is not None:
             self._audit(audit, rollout, samples)

@@ -123,15 +123,29 @@ def rollout_items(sizes: Sizes) -> Items:
     kv_heads = spec.num_kv_heads / (sizes.tensor if spec.num_kv_heads % sizes.tensor == 0 else 1)
     entry = 2 * kv_heads * spec.head_dim * sizes.itemsize
     longest = halvings(config.max_prompt_length + config.max_completion_length, 16)[-1]
-    whole = sizes.whole.param_bytes
     return {
-        "engine's parameters": whole if sizes.shares_params else 0,
-        # Cast once for a rollout.
-        "parameters in use": whole * sizes.itemsize / sizes.param_itemsize if sizes.casts else 0,
+        "engine's parameters": sizes.whole.param_bytes if sizes.shares_params else 0,
+        "parameters in use": _own_copy(sizes),
         # One layer is there twice while caches grow.
         "caches": slots * longest * entry * (spec.num_layers + 1),
         "prompts and logits": max(_prompts(sizes, entry, devices), 3 * slots * spec.vocab_size * FLOAT32),
     }
+
+
+def _own_copy(sizes: Sizes) -> float:
+    """What the native engine casts or quantises once for a rollout."""
+    whole = sizes.whole.param_bytes / sizes.param_itemsize
+    if sizes.config.rollout.quantization == "none":
+        return whole * sizes.itemsize if sizes.casts else 0.0
+    spec, layers = sizes.spec, sizes.spec.num_layers
+    kernels = layers * sizes.layer_elements
+    heads = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)
+    scales = layers * (2 * spec.hidden_size + (heads + 2 * spec.intermediate_size) / sizes.tensor)
+    # Kernels are converted where they are used; XLA's CPU compiler does so with all of them first.
+    largest = spec.hidden_size * spec.intermediate_size / sizes.tensor
+    converted = kernels if sizes.platform == "cpu" else largest
+    others = (whole - kernels) * sizes.itemsize if sizes.casts else 0.0
+    return kernels + scales * FLOAT32 + converted * sizes.itemsize + others
 
 
 def _prompts(sizes: Sizes, entry: float, devices: int) -> float:

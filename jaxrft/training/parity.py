@@ -29,7 +29,7 @@ def compare(trainer: RLTrainer) -> float:
     knows their log-probabilities.
 
     Returns:
-        The largest gap in float32, the mean one in bfloat16 and float16.
+        The largest gap in float32, the mean one in bfloat16 and float16, and where the engine's weights are quantised.
 
     Raises:
         ParityError: it is above the tolerance.
@@ -58,7 +58,7 @@ def compare(trainer: RLTrainer) -> float:
         )
         theirs.append(completion.logprobs)
     gaps = np.concatenate([np.abs(a - b) for a, b in zip(trainer.learner.score(samples), theirs)])
-    audit = Audit(config.audit, np.dtype(trainer.model.dtype).name)
+    audit = Audit(config.audit, np.dtype(trainer.model.dtype).name, config.rollout.quantization)
     gap = audit.gap(gaps)
     if not gap <= audit.logprob_tolerance:
         raise ParityError(

@@ -18,6 +18,7 @@ from jaxrft.models.spec import DecoderSpec
 from jaxrft.models.stack import Remat
 from jaxrft.parallel import Layout, make_mesh
 from jaxrft.rollout import Engine, NativeEngine
+from jaxrft.training.recipe_checks import check_recipe
 
 
 def build_tokenizer(config: RLConfig, model: str | Path | Decoder | None, given: Any) -> Any:
@@ -172,7 +173,7 @@ def build_recipe(config: RLConfig) -> alg.Recipe:
     recipe = _own_recipe(name) if names_function(name) else _explained(config, lambda: alg.recipe(name))
     changes = {"constant_length": config.max_completion_length, **config.algorithm_overrides}
     recipe = _explained(config, lambda: recipe.with_overrides(changes))
-    _check_recipe(config, recipe)
+    check_recipe(config, recipe)
     return recipe
 
 
@@ -195,28 +196,6 @@ def _explained(config: RLConfig, build: Callable[[], alg.Recipe]) -> alg.Recipe:
         # Named as the user named it.
         given = [top for top, nested in RECIPE_FIELDS.items() if nested == field and getattr(config, top) is not None]
         raise ConfigError(f"{given[0] if given else f'algorithm.{field}'}{colon}{rest}") from error
-
-
-def _check_recipe(config: RLConfig, recipe: alg.Recipe) -> None:
-    """Refuses what this trainer cannot do, or not with these batches."""
-    if recipe.advantage.estimator == "gae":
-        field, other = ("recipe", "grpo") if config.algorithm.estimator is None else ("estimator", "group")
-        raise ConfigError(
-            f"algorithm.{field}: {getattr(config.algorithm, field)} needs a critic, which this version does not have; "
-            f"takes another, such as {other}"
-        )
-    if recipe.policy.grouped and config.batching.pack:
-        raise ConfigError(
-            f"batching.pack: set with objective {recipe.policy.objective}, which compares the samples of a group; "
-            "packing does not keep groups together: remove it"
-        )
-    rows = config.per_device_train_batch_size * config.parallel.data_devices
-    if recipe.policy.grouped and rows % config.num_generations:
-        raise ConfigError(
-            f"per_device_train_batch_size: got {rows} completions in a micro-batch, takes a multiple of "
-            f"num_generations ({config.num_generations}) with objective {recipe.policy.objective}, which compares "
-            "those of a group"
-        )
 
 
 def build_engine(config: RLConfig, model: Decoder, tokenizer: Any, folder: Path) -> Engine:
@@ -242,4 +221,5 @@ def build_engine(config: RLConfig, model: Decoder, tokenizer: Any, folder: Path)
         max_slots=config.rollout.max_slots,
         max_length=config.max_prompt_length + config.max_completion_length,
         decode_chunk=config.rollout.decode_chunk,
+        quantization=config.rollout.quantization,
     )

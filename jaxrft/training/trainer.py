@@ -130,7 +130,7 @@ class RLTrainer:
         """Sends fixed prompts through engine and trainer and compares the log-probabilities.
 
         Returns:
-            The gap: largest in float32, mean in bfloat16 and float16.
+            The gap: largest in float32, mean in bfloat16 and float16, and where the engine's weights are quantised.
 
         Raises:
             ParityError: it is above ``audit.logprob_tolerance``.

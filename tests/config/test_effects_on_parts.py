@@ -82,12 +82,13 @@ def test_rewards(tmp_path, monkeypatch):
 
 
 def test_engine(monkeypatch, tmp_path):
-    """``engine``, ``max_slots``, ``decode_chunk``; what the servers of vllm are given has tests of its own."""
+    """``engine``, ``max_slots``, ``decode_chunk``, ``quantization``; what vllm's servers get has its own tests."""
     made = {}
     monkeypatch.setattr(parts, "NativeEngine", lambda *_, **options: made.update(options))
-    config = RLConfig(rollout=from_dict({"rollout": {"max_slots": 3, "decode_chunk": 2}}).rollout, max_prompt_length=5)
+    settings = {"max_slots": 3, "decode_chunk": 2, "quantization": "fp8"}
+    config = RLConfig(rollout=from_dict({"rollout": settings}).rollout, max_prompt_length=5)
     parts.build_engine(config, None, None, tmp_path)
-    assert made == {"max_slots": 3, "decode_chunk": 2, "max_length": 5 + config.max_completion_length}
+    assert made == settings | {"max_length": 5 + config.max_completion_length}
     monkeypatch.setattr(
         launch, "engine_from", lambda config, model, tokenizer, logs, say: (config.rollout.engine, logs)
     )

@@ -103,6 +103,7 @@ EFFECTS = {
     "rollout.engine": f"{PARTS}::test_engine",
     "rollout.max_slots": f"{PARTS}::test_engine",
     "rollout.decode_chunk": f"{PARTS}::test_engine",
+    "rollout.quantization": f"{PARTS}::test_engine",
     "rollout.min_tokens": f"{UPDATES}::SAMPLING",
     "rollout.stop": f"{UPDATES}::SAMPLING",
     "rollout.stop_token_ids": f"{UPDATES}::SAMPLING",

@@ -57,6 +57,20 @@ def test_vllm_generates_beside_the_others(run):
         assert case[f"{one}_over_{other}"] == pytest.approx(speeds[one] / speeds[other], abs=1e-3)
 
 
+def test_quantized_side_has_a_floor_of_its_own(run) -> None:
+    shape = "--hidden-size 16 --layers 1 --heads 2 --kv-heads 1 --intermediate-size 16 --vocab-size 17"
+    written = run(f"{shape} --fp8 --concurrency 4 --prompt-length 3 --response-length 2 --repeats 1 --no-peer")
+    [case] = written["cases"]
+    kernels, projection = 16 * 16 * 2 + 2 * 16 * 8 + 3 * 16 * 16, 16 * 17
+    assert case["floor"]["bytes"]["weights"] == 4 * (kernels + projection)
+    assert case["floor_fp8"]["bytes"] == case["floor"]["bytes"] | {"weights": kernels + 4 * projection}
+    for side, floor in (("jaxrft", "floor"), ("jaxrft_fp8", "floor_fp8")):
+        expected = case[side]["ms_per_step"] / case[floor]["ms_per_step"]
+        assert case["floor_ratio"][side] == pytest.approx(expected, rel=1e-2)
+    speeds = [case[side]["tokens_per_second"] for side in ("jaxrft_fp8", "jaxrft")]
+    assert case["jaxrft_fp8_over_jaxrft"] == pytest.approx(speeds[0] / speeds[1], abs=1e-3)
+
+
 def test_floor_is_that_of_the_bytes_read(run) -> None:
     shape = "--hidden-size 16 --layers 1 --heads 2 --kv-heads 1 --intermediate-size 16 --vocab-size 17"
     written = run(f"{shape} --concurrency 4 --max-slots 2 --prompt-length 3 --response-length 2 --repeats 1 --no-peer")

@@ -5,14 +5,18 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
+from flax import nnx
 
 from jaxrft import RLTrainer
 from jaxrft.config import ConfigError
 from jaxrft.config.parse import from_dict, to_dict
+from jaxrft.models import Decoder
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, make_mesh
+from jaxrft.rollout import NativeEngine
 from jaxrft.training import plan as planning
 from jaxrft.training.plan import GIB, MIB, Plan, check_plan, make_plan, usable_bytes
 from tests.training.compiled import step_bytes
@@ -248,6 +252,21 @@ def test_types():
     assert mixed["parameters"] == double["parameters"]
     assert mixed["parameters in use"] > 0 == single.get("parameters in use", 0)
     assert items(dtype="float16") == mixed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_quantized_copy_is_what_the_engine_makes(dtype, tie):
+    """But for vectors, which it shares with the trainer, and the one kernel that is being converted."""
+    spec = spec_of(tie=tie)
+    config = config_of(rollout={"quantization": "fp8"}, model={"dtype": dtype})
+    planned = plan_of(config, spec).rollout["parameters in use"]
+    with NativeEngine(Decoder(spec, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), quantization="fp8") as engine:
+        given = {id(leaf) for leaf in engine._leaves}
+        own = jax.tree.leaves(engine._programs.cast(engine._leaves, jnp.dtype(dtype)))
+    made = sum(leaf.nbytes for leaf in own if id(leaf) not in given)
+    converted = spec.hidden_size * spec.intermediate_size * jnp.dtype(dtype).itemsize
+    assert planned - converted == pytest.approx(made, rel=0.01)
 
 
 def test_offloaded_state():
