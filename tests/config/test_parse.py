@@ -103,7 +103,7 @@ def test_later_overrides_win(config_file):
         ("eval_on_start=yes", "eval_on_start: got 'yes', takes true or false"),
         (
             "rollout=3",
-            "rollout: got 3, takes a mapping of its fields (engine, max_slots, decode_chunk, min_tokens, ...)",
+            "rollout: got 3, takes a mapping of its fields (engine, max_slots, decode_chunk, quantization, ...)",
         ),
         ("model.path=x", "model.path: set with scratch; "),
         ("rollout.min_tokens=999", "rollout.min_tokens: got 999, takes at most max_completion_length (256)"),
