@@ -107,6 +107,11 @@ class RewardsConfig(Section):
     timeout: float = option(
         5.0, "Seconds that one answer may take a reward which runs in a process of its own.", above=0
     )
+    overlap: bool = option(
+        False,
+        "Call rewards while completions are still generated: several times a rollout, each time with the whole groups "
+        "that have ended since. A reward then sees some of the rollout's prompts at a time, in a thread of its own.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

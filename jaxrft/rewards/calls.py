@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Self
 
+import numpy as np
+
 from jaxrft.config import ConfigError
 from jaxrft.data.prompts import REWARD_ARGUMENTS
 from jaxrft.data.records import Prompt
@@ -28,6 +30,7 @@ class Samples:
         columns: column -> its value for each sample.
         rows: dataset row of each sample.
         texts: text of each completion.
+        places: of each sample in the rollout.
     """
 
     prompts: list[Any]
@@ -36,9 +39,16 @@ class Samples:
     columns: dict[str, list[Any]]
     rows: list[int]
     texts: list[str]
+    places: list[int]
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Self:
+    def of(
+        cls,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        places: Sequence[int] | None = None,
+    ) -> Self:
         """Samples of prompts (one a sample), and the text and tokens of what the model answered."""
         names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
         return cls(
@@ -51,6 +61,7 @@ class Samples:
             columns={name: [p.columns.get(name) for p in prompts] for name in names},
             rows=[p.index for p in prompts],
             texts=list(texts),
+            places=list(range(len(prompts)) if places is None else places),
         )
 
     def __len__(self) -> int:
@@ -64,7 +75,30 @@ class Samples:
 
     def name(self, i: int) -> str:
         """The sample ``i`` in an error."""
-        return f"sample {i} (row {self.rows[i]} of the dataset), completion {self.texts[i][:200]!r}"
+        return f"sample {self.places[i]} (row {self.rows[i]} of the dataset), completion {self.texts[i][:200]!r}"
+
+
+@dataclasses.dataclass
+class BegunPart:
+    """Samples whose rewards have been called, and may still be running.
+
+    Attributes:
+        samples: these.
+        running: each async reward's answer to come.
+        results: of the other rewards: float32 [samples], and the samples that it failed on.
+        cancelled: whether nobody wants them any more.
+    """
+
+    samples: Samples
+    running: dict[str, concurrent.futures.Future[Any]] = dataclasses.field(default_factory=dict)
+    results: dict[str, tuple[np.ndarray, int]] = dataclasses.field(default_factory=dict)
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Ends the async rewards at their next ``await``."""
+        self.cancelled = True
+        for future in self.running.values():
+            future.cancel()
 
 
 class RewardCall:

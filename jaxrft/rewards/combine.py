@@ -6,15 +6,14 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxrft.config import ConfigError
 from jaxrft.data.records import Prompt
-from jaxrft.rewards.calls import BackgroundLoop, RewardCall, Samples, reward_names
-from jaxrft.rewards.records import RewardError, Scores
+from jaxrft.rewards.calls import BackgroundLoop, BegunPart, RewardCall, Samples, reward_names
+from jaxrft.rewards.records import PartScores, RewardError, Scores
 
 
 class RewardSet:
@@ -75,25 +74,69 @@ class RewardSet:
             RewardError: a reward raised (unless they count as None) or returned another number of values.
             ConfigError: a reward needs a column that the prompts lack.
         """
-        samples = Samples.of(prompts, texts, completion_ids)
-        if len(samples) == 0:
-            empty = np.zeros(0, np.float32)
-            return Scores(total=empty, components=dict.fromkeys(self.names, empty))
-        self.check(samples.columns)
-        begun = {call.name: self._loop.submit(call(samples)) for call in self._calls if call.is_async}
+        return self.total([self.score_part(prompts, texts, completion_ids)])
+
+    def score_part(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        places: Sequence[int] | None = None,
+    ) -> PartScores:
+        """Rewards of some samples of a rollout; arguments and errors as of :meth:`begin_part`."""
+        return self.finish_part(self.begin_part(prompts, texts, completion_ids, places))
+
+    def begin_part(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        places: Sequence[int] | None = None,
+    ) -> BegunPart:
+        """Calls the rewards for some samples of a rollout, and waits for those that are not async.
+
+        Args:
+            prompts, texts, completion_ids: of these samples; as of :meth:`score`, and so are the errors.
+            places: where they stand in the rollout. None: they are all of it.
+        """
+        part = BegunPart(Samples.of(prompts, texts, completion_ids, places))
+        if len(part.samples) == 0:
+            return part
+        self.check(part.samples.columns)
+        part.running |= {call.name: self._loop.submit(call(part.samples)) for call in self._calls if call.is_async}
+        # The others while those run.
+        self._finish_calls(part, are_async=False)
+        return part
+
+    def finish_part(self, part: BegunPart) -> PartScores:
+        """Waits for the async rewards of a part; errors as of :meth:`score`."""
+        if len(part.samples) == 0:
+            return PartScores([], dict.fromkeys(self.names, np.zeros(0, np.float32)), 0)
+        self._finish_calls(part, are_async=True)
+        return PartScores(
+            places=part.samples.places,
+            components={name: part.results[name][0] for name in self.names},
+            errors=sum(errors for _, errors in part.results.values()),
+        )
+
+    def _finish_calls(self, part: BegunPart, are_async: bool) -> None:
         try:
-            # The others while those run.
-            in_turn = sorted(self._calls, key=lambda call: call.is_async)
-            results = {call.name: self._finish(call, samples, begun.get(call.name)) for call in in_turn}
-        finally:
-            for future in begun.values():
-                future.cancel()
-        components = {name: results[name][0] for name in self.names}
+            for call in self._calls:
+                if call.is_async == are_async:
+                    part.results[call.name] = self._finish(call, part)
+        except BaseException:
+            part.cancel()
+            raise
+
+    def total(self, parts: Sequence[PartScores]) -> Scores:
+        """The scores of a whole rollout from those of its parts, with the numbers that the rewards kept meanwhile."""
+        order = np.argsort([place for part in parts for place in part.places])
+        components = {name: np.concatenate([part.components[name] for part in parts])[order] for name in self.names}
         return Scores(
             total=_weighted_sum(list(components.values()), self.weights),
             components=components,
-            errors=sum(errors for _, errors in results.values()),
-            metrics=self._metrics(),
+            errors=sum(part.errors for part in parts),
+            metrics=self._metrics() if len(order) else {},
         )
 
     def close(self) -> None:
@@ -108,13 +151,16 @@ class RewardSet:
         }
         return {f"rewards/{name}/{key}": value for name, metrics in found.items() for key, value in metrics.items()}
 
-    def _finish(self, call: RewardCall, samples: Samples, begun: Future[Any] | None) -> tuple[np.ndarray, int]:
+    def _finish(self, call: RewardCall, part: BegunPart) -> tuple[np.ndarray, int]:
         """Values of one reward, float32 [samples], and the samples that it failed on."""
+        samples, begun = part.samples, part.running.get(call.name)
         try:
             values = call(samples) if begun is None else begun.result()
         except ConfigError:  # nothing that a sample could cause
             raise
         except Exception as error:
+            if part.cancelled:
+                raise
             values = self._one_by_one(call, samples, error)
         return self._read(call, samples, _check_count(call, samples, values))
 

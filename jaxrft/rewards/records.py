@@ -21,6 +21,21 @@ class RewardError(ConfigError):
 
 
 @dataclasses.dataclass(frozen=True)
+class PartScores:
+    """The rewards of some samples of a rollout.
+
+    Attributes:
+        places: of these samples in the rollout.
+        components: each reward by name, before its weight; NaN where it does not apply (None).
+        errors: samples whose reward raised and was counted as None, summed over rewards.
+    """
+
+    places: list[int]
+    components: dict[str, Float32[np.ndarray, " samples"]]
+    errors: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """The rewards of a rollout.
 

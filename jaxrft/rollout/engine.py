@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from jaxrft.rollout.records import Completion, Request, SamplingParams
+from jaxrft.rollout.records import Completion, OnFinished, Request, SamplingParams
 from jaxrft.rollout.transfer.send import Report
 
 
@@ -34,6 +34,7 @@ class Engine(Protocol):
         requests: Sequence[Request],
         sampling: SamplingParams,
         on_progress: Callable[[int, int], None] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """Completions of all requests: those of the first request first, each request's in order.
 
@@ -41,6 +42,9 @@ class Engine(Protocol):
             requests: prompts, each with the number of completions wanted of it.
             sampling: how to draw them.
             on_progress: called now and then with (completions done, completions in all).
+            on_finished: called once for each request, with its place in the list and all of its completions, as soon
+                as the last of them has ended. Both are called in the caller's thread; what they raise ends the
+                generation and is raised again.
         """
         ...
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxrft.rollout.programs import Caches, Prefilled, Programs
-from jaxrft.rollout.records import SamplingParams
+from jaxrft.rollout.records import OnFinished, SamplingParams
 from jaxrft.rollout.sampling import modes, sampling_values
 from jaxrft.rollout.scheduler import Group, Scheduler, cache_bucket, pad_prompts
 from jaxrft.rollout.slots import SlotState
@@ -50,8 +50,8 @@ class Loop:
         self._prompts: Prefilled | None = None
         self._unread: collections.deque[tuple[jax.Array, np.ndarray]] = collections.deque()
 
-    def run(self, on_progress: Callable[[int, int], None] | None) -> None:
-        """Runs until every completion is there."""
+    def run(self, on_progress: Callable[[int, int], None] | None, on_finished: OnFinished | None = None) -> None:
+        """Runs until every completion is there; arguments as of the engine's ``generate``."""
         scheduler = self._scheduler
         total = len(scheduler.completions)
         while scheduler.finished < total:
@@ -62,6 +62,9 @@ class Loop:
             if scheduler.queue or not decoding or len(self._unread) > 1:
                 packed, owner = self._unread.popleft()
                 scheduler.take(np.asarray(packed), owner, self._steps)
+                for place, completions in scheduler.pop_whole():
+                    if on_finished is not None:
+                        on_finished(place, completions)
                 if on_progress is not None:
                     on_progress(scheduler.finished, total)
 

@@ -14,7 +14,7 @@ from jaxrft.models import Decoder
 from jaxrft.rollout.checks import check_requests, check_sleep_level, check_stops, tags_to_wake
 from jaxrft.rollout.loop import Loop
 from jaxrft.rollout.programs import programs_of
-from jaxrft.rollout.records import Completion, Request, SamplingParams
+from jaxrft.rollout.records import Completion, OnFinished, Request, SamplingParams
 from jaxrft.rollout.sampling import eos_ids_of, stop_token_ids
 from jaxrft.rollout.scheduler import Scheduler, power_of_two
 
@@ -94,6 +94,7 @@ class NativeEngine:
         requests: Sequence[Request],
         sampling: SamplingParams,
         on_progress: Callable[[int, int], None] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """Completions of all requests: those of the first request first, each request's in order.
 
@@ -101,6 +102,8 @@ class NativeEngine:
             requests: prompts, each with the number of completions wanted of it.
             sampling: how to draw them.
             on_progress: called now and then with (completions done, completions in all).
+            on_finished: called with the place of each request and all of its completions, as soon as they are there.
+                Both are called between chunks, where a device may wait for them: they should return at once.
 
         Raises:
             ConfigError: a prompt is too long or holds a token outside of the vocabulary, or stop texts are
@@ -135,7 +138,7 @@ class NativeEngine:
                 steps=self._steps,
                 max_length=self._max_length,
                 max_prefill_tokens=self._max_prefill_tokens,
-            ).run(on_progress)
+            ).run(on_progress, on_finished)
         finally:
             self.compilations += len(self._programs.compiled) - before
         return [completion for completion in scheduler.completions if completion is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -123,6 +124,10 @@ class Completion:
     sampled_logprobs: np.ndarray | None
     finish_reason: FinishReason
     versions: tuple[tuple[int, int], ...] = ((0, 0),)
+
+
+# Takes a request's place in the list of requests, and all of its completions in order.
+OnFinished = Callable[[int, list[Completion]], None]
 
 
 def _is_integer(value: Any) -> bool:

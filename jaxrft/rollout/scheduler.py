@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -86,6 +86,10 @@ class Scheduler:
             total += request.n
         self.completions: list[Completion | None] = [None] * total
         self.finished = 0
+        counts = [request.n for request in requests]
+        self._request_of = np.repeat(np.arange(len(counts)), counts)  # of each completion
+        self._left = counts  # completions of each request that have not ended
+        self._whole: list[int] = []
         self.ended = np.zeros(slots, bool)  # stopped by the host, not yet told to the device
         longest = max((group.limit for group in self.queue), default=0)
         self._owner = np.full(slots, EMPTY, np.int32)
@@ -202,8 +206,19 @@ class Scheduler:
             finish_reason=reason,
             versions=((0, self._version),),
         )
+        request = int(self._request_of[self._owner[slot]])
+        self._left[request] -= 1
+        if self._left[request] == 0:
+            self._whole.append(request)
         self._owner[slot] = EMPTY
         self.finished += 1
+
+    def pop_whole(self) -> Iterator[tuple[int, list[Completion]]]:
+        """The requests whose last completion has ended since the last call, with all of their completions."""
+        whole, self._whole = self._whole, []
+        for request in whole:
+            first, stop = np.searchsorted(self._request_of, (request, request + 1))
+            yield request, [c for c in self.completions[first:stop] if c is not None]
 
 
 def pad_prompts(

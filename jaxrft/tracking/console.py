@@ -19,6 +19,8 @@ from jaxrft.tracking.text import printable, shorten
 
 CELL_LIMIT = 400
 PLAIN_WIDTH = 120
+# Times that are part of phases, or ran beside them: the phases alone make up a step.
+WITHIN_PHASES = ("time/compile", "time/rewards_overlapped")
 
 
 class Console:
@@ -144,6 +146,6 @@ class Console:
 
 
 def _seconds(metrics: Mapping[str, Any]) -> float | None:
-    """Seconds of the step: of its phases, compilation being inside of them."""
-    phases = [value for name, value in metrics.items() if name.startswith("time/") and name != "time/compile"]
+    """Seconds of the step: of its phases."""
+    phases = [value for name, value in metrics.items() if name.startswith("time/") and name not in WITHIN_PHASES]
     return sum(phases) if phases else None

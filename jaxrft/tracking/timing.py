@@ -40,10 +40,14 @@ class PhaseTimer:
             yield
         finally:
             self._open.remove(name)
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Counts seconds that were measured elsewhere."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """Returns ``{"time/<phase>": seconds}`` of the phases closed since the last call."""
+        """Returns ``{"time/<phase>": seconds}`` of the phases closed since the last call, and of what was added."""
         taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
         return taken

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from jaxrft.data.records import Prompt
+from jaxrft.rewards.calls import BegunPart
 from jaxrft.rewards.combine import RewardSet
+from jaxrft.rewards.records import Scores
 from jaxrft.rollout.engine import Engine
-from jaxrft.rollout.records import Completion, SamplingParams
+from jaxrft.rollout.records import Completion, Request, SamplingParams
+from jaxrft.training.overlap import Overlap
 from jaxrft.training.phases import Phases
+from jaxrft.training.reward_threads import RewardThreads
 from jaxrft.training.rollouts import RolloutBatch, completion_texts, make_requests
 
 
@@ -20,10 +25,12 @@ class Collector:
         engine: generates.
         tokenizer: turns tokens into what the rewards see.
         rewards: score that.
+        overlap: call them with groups that are finished, while others are generated.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, rewards: RewardSet):
-        self.engine, self.tokenizer, self.rewards = engine, tokenizer, rewards
+    def __init__(self, engine: Engine, tokenizer: Any, rewards: RewardSet, overlap: bool = False):
+        self.engine, self.tokenizer, self.rewards, self.overlap = engine, tokenizer, rewards, overlap
+        self._threads = RewardThreads()
 
     def complete(
         self,
@@ -59,8 +66,49 @@ class Collector:
             phases: where progress goes.
             phase: one name for the whole, in place of ``rollout`` and ``rewards``.
         """
-        completions, texts = self.complete(prompts, group, sampling, first_seed, phases, phase or "rollout")
-        with phases(phase or "rewards", len(texts)):
-            answered = [p for p in prompts for _ in range(group)]
-            scores = self.rewards.score(answered, texts, [c.token_ids for c in completions])
+        if self.overlap:
+            completions, texts, scores = self._overlapped(
+                prompts, make_requests(prompts, group, first_seed), sampling, phases, phase
+            )
+        else:
+            completions, texts = self.complete(prompts, group, sampling, first_seed, phases, phase or "rollout")
+            with phases(phase or "rewards", len(texts)):
+                answered = [p for p in prompts for _ in range(group)]
+                scores = self.rewards.score(answered, texts, [c.token_ids for c in completions])
         return RolloutBatch(prompts=list(prompts), completions=completions, texts=texts, scores=scores, group=group)
+
+    def _overlapped(
+        self,
+        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        phases: Phases,
+        phase: str | None,
+    ) -> tuple[list[Completion], list[str], Scores]:
+        """Completions, texts and scores of requests, one a prompt; each is scored as soon as it is finished."""
+        group = requests[0].n
+
+        def begin(groups: list[int], completions: list[Completion]) -> tuple[list[str], BegunPart]:
+            texts = completion_texts(self.tokenizer, completions)
+            places = [g * group + i for g in groups for i in range(group)]
+            answered = [prompts[place // group] for place in places]
+            return texts, self.rewards.begin_part(answered, texts, [c.token_ids for c in completions], places)
+
+        with Overlap(self._threads, begin, self.rewards.finish_part) as overlap:
+            with phases(phase or "rollout", len(requests) * group) as progress:
+
+                def on_progress(done: int, total: int) -> None:
+                    progress(done, total)
+                    overlap.check()
+
+                completions = self.engine.generate(requests, sampling, on_progress, overlap.add)
+                generated = time.perf_counter()
+            with phases(phase or "rewards", len(completions)) as progress:
+                texts = overlap.wait(progress)
+                scores = self.rewards.total(overlap.parts)
+            phases.timer.add("rewards_overlapped", overlap.seconds_before(generated))
+        return completions, texts, scores
+
+    def close(self) -> None:
+        """Ends the threads that call rewards."""
+        self._threads.close()

@@ -74,7 +74,7 @@ class RLTrainer:
         self.learner = Learner(self.config, self.recipe, self.model, self.layout, self.total_steps)
         self.learner.publish()
         self.engine = parts.build_engine(self.config, self.model, self.tokenizer, self.folder.path)
-        self.collector = Collector(self.engine, self.tokenizer, self.rewards)
+        self.collector = Collector(self.engine, self.tokenizer, self.rewards, self.config.rewards.overlap)
 
     def train(self) -> dict[str, float]:
         """Runs, or continues, the training that the config describes.
@@ -165,6 +165,7 @@ class RLTrainer:
 
     def close(self) -> None:
         """Ends the engine and what the rewards keep running; the trainer cannot be used after."""
+        self.collector.close()
         self.rewards.close()
         self.engine.close()
         self.learner.close()

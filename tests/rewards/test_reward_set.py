@@ -259,6 +259,25 @@ def test_a_missing_column_is_named_before_and_when_scoring():
         rewards.score(PROMPTS, TEXTS, IDS)
 
 
+def test_parts_make_the_scores_of_the_whole():
+    """Bit for bit, with more rewards than numpy adds up in order for a single sample."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(20, 3))
+
+    def column(row):
+        return lambda answer: [None if a == 1 and row % 2 else values[row, a] for a in answer]
+
+    rewards = RewardSet([column(row) for row in range(20)], rng.normal(size=20).tolist())
+    whole = rewards.score(PROMPTS, TEXTS, IDS)
+    parts = [rewards.score_part([PROMPTS[i]], [TEXTS[i]], [IDS[i]], [i]) for i in (2, 0, 1)]
+    joined = rewards.total(parts)
+    np.testing.assert_array_equal(joined.total, whole.total)
+    for name in rewards.names:
+        np.testing.assert_array_equal(joined.components[name], whole.components[name])
+    with pytest.raises(RewardError, match=r"returned nan for sample 2 \(row 20 of the dataset\), completion 'three'"):
+        RewardSet([lambda answer: [float("nan")]]).score_part([PROMPTS[2]], [TEXTS[2]], [IDS[2]], [2])
+
+
 def test_no_samples_no_calls():
     scores = score(named("mine", lambda: 1 / 0), prompts=[], texts=[], ids=[])
     assert scores.total.shape == scores.components["mine"].shape == (0,)

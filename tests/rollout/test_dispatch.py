@@ -56,10 +56,11 @@ def test_as_many_at_a_time_as_servers_take():
     work = gate(6)
     servers = [Server(name, work) for name in "ab"]
     seen = []
-    answers = Dispatcher(servers, 3).run(payloads(24), seen.append)
+    answers = Dispatcher(servers, 3).run(payloads(24), lambda *answered: seen.append(answered))
     assert [answer["number"] for answer in answers] == list(range(24))
     assert [server.most for server in servers] == [3, 3]
-    assert sorted(seen) == list(range(24))
+    assert sorted(place for place, _ in seen) == list(range(24))
+    assert all(answer is answers[place] for place, answer in seen)
     # Each round of 6 is even, as nobody is done before the others.
     assert [len(server.answered) for server in servers] == [12, 12]
 
@@ -141,7 +142,7 @@ def test_what_a_caller_raises_ends_all():
     for server in servers:
         server._work = lambda payload, tries, server=server: payload["number"] and server.aborted.wait(20)
 
-    def interrupt(place):
+    def interrupt(place, answer):
         raise InterruptedError(place)
 
     before = threading.active_count()

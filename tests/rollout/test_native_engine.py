@@ -87,6 +87,29 @@ def test_max_tokens_of_one_and_progress(model) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+@pytest.mark.parametrize("options", [{"max_slots": 3, "decode_chunk": 1}, {"max_slots": 64}], ids=str)
+def test_groups_are_told_of_as_they_are_finished(model, options) -> None:
+    """Each once and whole, in the order in which they end, before others have ended."""
+    requests = random_requests(10, seed=3)
+    told: list[tuple[int, list[Any]]] = []
+    progress: list[tuple[int, int]] = []
+    with NativeEngine(model, max_length=32, eos_token_ids=[EOS], **options) as engine:
+        completions = engine.generate(
+            requests,
+            SAMPLING,
+            lambda done, total: progress.append((len(told), done)),
+            lambda place, group: told.append((place, group)),
+        )
+    starts = np.cumsum([0, *(request.n for request in requests)])
+    places = [place for place, _ in told]
+    assert sorted(places) == list(range(10)) != places
+    for place, group in told:
+        assert all(a is b for a, b in zip(group, completions[starts[place] : starts[place + 1]], strict=True))
+    # At every look as many groups are known as can be with the completions that have ended.
+    assert any(0 < groups < 10 for groups, _ in progress)
+    assert progress[-1] == (10, len(completions))
+
+
 def test_stop_token_ids_and_ignore_eos(model) -> None:
     requests = random_requests(8, seed=6)
     free = generate(model, requests, SamplingParams(max_tokens=18, ignore_eos=True))

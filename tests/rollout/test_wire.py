@@ -300,6 +300,24 @@ def test_first_tokens_at_their_own_temperature(engine, server, changes):
     assert server.payloads[0]["sampling_params"]["max_tokens"] == 1
 
 
+@pytest.mark.parametrize("first", [None, 2.0])
+def test_groups_are_told_of_as_they_are_finished(engine, first):
+    """Each once and whole, as soon as it is there, and those that end with their first tokens too."""
+    requests = [Request(prompt_ids=[n], n=n % 3 + 1) for n in range(12)]
+    sampling = SamplingParams(max_tokens=8, seed=3, first_token_temperature=first)
+    told, done = [], []
+    completions = engine.generate(
+        requests, sampling, lambda now, _: done.append(now), lambda *group: told.append((*group, max(done, default=0)))
+    )
+    starts = np.cumsum([0, *(request.n for request in requests)])
+    assert sorted(place for place, _, _ in told) == list(range(12))
+    for place, group, before in told:
+        assert all(a is b for a, b in zip(group, completions[starts[place] : starts[place + 1]], strict=True))
+        assert before < len(completions), "told of when all was done"
+    if first:
+        assert any(c.finish_reason == "stop" and len(c.token_ids) == 1 for _, group, _ in told for c in group)
+
+
 def test_first_tokens_where_little_room_is_left(engine):
     """A prompt with room for one token gets one."""
     sampling = SamplingParams(max_tokens=5, first_token_temperature=2.0, ignore_eos=True)
@@ -336,8 +354,10 @@ def test_abort(engine, server):
     engine._generation._max_sequences = 1  # One request at a time: the others wait.
     aborting = threading.Thread(target=lambda: (started.wait(20), engine.abort()))
     aborting.start()
-    completions = engine.generate(REQUESTS, SamplingParams(max_tokens=4))
+    told = []
+    completions = engine.generate(REQUESTS, SamplingParams(max_tokens=4), on_finished=lambda *group: told.append(group))
     aborting.join()
+    assert sorted((place, len(group)) for place, group in told) == [(0, 1), (1, 2), (2, 3)]
     assert len(completions) == 6
     assert [c.finish_reason for c in completions[1:]] == ["abort"] * 5
     assert [len(c.token_ids) for c in completions[1:]] == [0] * 5

@@ -16,7 +16,8 @@ from jaxrft.tracking.step_line import compact, duration, step_line, thousands
 METRICS = {
     "reward": 0.4321, "entropy": 1.2, "kl": 3.2e-4, "completions/mean_length": 12.34, "completions/clipped_ratio": 0.25,
     "grad_norm": 0.5, "learning_rate": 1e-6, "tokens_per_second/rollout": 12345.0, "tokens_per_second/training": 999.0,
-    "time/rollout": 1.0, "time/training": 0.5, "time/compile": 0.4, "rewards/a/mean": 1.0,
+    "time/rollout": 1.0, "time/training": 0.5, "time/compile": 0.4, "time/rewards_overlapped": 0.7,
+    "rewards/a/mean": 1.0,
 }  # fmt: skip
 HOSTILE = "[/red][bold]x[link=http://e]\x1b[2J\x1b]0;title\x07\r\u202e\x9b1A\ud800 [/]"
 

@@ -39,7 +39,9 @@ def test_phases_add_up_nest_and_survive_exceptions(monkeypatch):
     assert timer.take() == {}
     with timer.phase("training"):
         now[0] += 1.0
-    assert timer.take() == {"time/training": 1.0}
+    timer.add("training", 0.5)
+    timer.add("beside", 2.0)
+    assert timer.take() == {"time/training": 1.5, "time/beside": 2.0}
 
 
 def test_each_new_program_is_counted_and_logged(caplog):

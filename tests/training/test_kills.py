@@ -17,16 +17,17 @@ import sys
 sys.path.insert(0, {root!r})
 from tests.training.tiny import ROWS, digits, tiny_config
 from jaxrft import RLTrainer
-from jaxrft.config import WatchdogConfig
+from jaxrft.config import RewardsConfig, WatchdogConfig
 from jaxrft.training import Interrupted
 import os, time
 def slow(completions, **_):
+    print("reward called", flush=True)
     time.sleep({pause})
     return digits(completions)
 slow.__name__ = "digits"
 config = tiny_config({folder!r}, max_steps={steps}, save_steps=1, save_total_limit=3,
                      resume_from_checkpoint=os.path.exists({folder!r} + "/config.yaml"),
-                     watchdog=WatchdogConfig(rewards={budget}))
+                     watchdog=WatchdogConfig(rewards={budget}), rewards=RewardsConfig(overlap={overlap}))
 try:
     RLTrainer(config=config, reward_funcs=slow, train_dataset=ROWS).train()
 except Interrupted as error:
@@ -34,8 +35,8 @@ except Interrupted as error:
 """
 
 
-def start(folder, steps=6, pause=0.0, budget=600.0):
-    code = RUN.format(root=str(ROOT), folder=str(folder), steps=steps, pause=pause, budget=budget)
+def start(folder, steps=6, pause=0.0, budget=600.0, overlap=False):
+    code = RUN.format(root=str(ROOT), folder=str(folder), steps=steps, pause=pause, budget=budget, overlap=overlap)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -98,9 +99,26 @@ def test_kill_loop(tmp_path):
     assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
 
 
-def test_a_phase_that_hangs_ends_the_run(tmp_path):
-    process = start(tmp_path / "run", pause=60.0, budget=1.0)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_phase_that_hangs_ends_the_run(tmp_path, overlap):
+    process = start(tmp_path / "run", pause=600.0, budget=1.0, overlap=overlap)
     said = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "watchdog.rewards" in said
     assert "slow" in (tmp_path / "run" / "watchdog.txt").read_text()
+
+
+def test_ctrl_c_does_not_wait_for_a_reward_in_its_thread(tmp_path):
+    """Nor does the end of the process. The run is saved at the step that was whole."""
+    process = start(tmp_path / "run", pause=600.0, overlap=True)
+    for line in process.stdout:
+        if line == "reward called\n":
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "saved at step 0" in said
+    assert "Traceback" not in said
+    rest = start(tmp_path / "run", steps=1, overlap=True)
+    said = rest.communicate(timeout=300)[0]
+    assert rest.returncode == 0, said

@@ -20,6 +20,9 @@ WAIT_SECONDS = 1.0
 # After so long a request that was told to end is left alone.
 END_SECONDS = 30.0
 
+# Places of requests that were answered, or that failed and why; -1 for a worker that has ended.
+_Ended = queue.SimpleQueue[tuple[int, BaseException | None]]
+
 
 class Generates(Protocol):
     """What a dispatcher needs of a server."""
@@ -57,14 +60,15 @@ class Dispatcher:
     def run(
         self,
         payloads: Sequence[dict[str, Any]],
-        on_answer: Callable[[int], None] = lambda place: None,
+        on_answer: Callable[[int, dict[str, Any]], None] = lambda place, answer: None,
         on_wait: Callable[[], None] = lambda: None,
     ) -> list[dict[str, Any] | None]:
         """The answer to each payload, None where :meth:`abort` came before it was sent.
 
         Args:
             payloads: bodies of requests.
-            on_answer: called with the place of each request that was answered; what it raises ends the others.
+            on_answer: called with the place of each request that was answered, and the answer; what it raises ends
+                the others.
             on_wait: called about once a second while none is; likewise.
 
         Raises:
@@ -72,7 +76,7 @@ class Dispatcher:
         """
         waiting = deque((place, 1) for place in range(len(payloads)))
         answers: list[dict[str, Any] | None] = [None] * len(payloads)
-        ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+        ended: _Ended = queue.SimpleQueue()
 
         def fail(place: int, error: BaseException) -> None:
             ended.put((place, error))
@@ -107,7 +111,7 @@ class Dispatcher:
         for thread in threads:
             thread.start()
         try:
-            self._collect(len(payloads), len(threads), ended, on_answer, on_wait)
+            self._collect(answers, len(threads), ended, on_answer, on_wait)
         except BaseException:
             self.abort()
             raise
@@ -144,13 +148,14 @@ class Dispatcher:
 
     def _collect(
         self,
-        requests: int,
+        answers: Sequence[dict[str, Any] | None],
         workers: int,
-        ended: queue.SimpleQueue[tuple[int, BaseException | None]],
-        on_answer: Callable[[int], None],
+        ended: _Ended,
+        on_answer: Callable[[int, dict[str, Any]], None],
         on_wait: Callable[[], None],
     ) -> None:
         """Waits until every request has an answer, or no worker is left."""
+        requests = len(answers)
         while requests and workers:
             try:
                 place, error = ended.get(timeout=WAIT_SECONDS)
@@ -165,8 +170,10 @@ class Dispatcher:
             if place < 0:
                 workers -= 1
             else:
+                answer = answers[place]
+                assert answer is not None
                 requests -= 1
-                on_answer(place)
+                on_answer(place, answer)
 
 
 def _gave_up(server: Generates, error: httpx.TransportError) -> EngineError:

@@ -17,7 +17,7 @@ from jaxrft.models.checkpoint import tensor_table
 from jaxrft.models.decoder import Decoder
 from jaxrft.rollout.checks import TAGS, check_requests, check_sleep_level, check_stops, tags_to_wake
 from jaxrft.rollout.errors import EngineError
-from jaxrft.rollout.records import Completion, Request, SamplingParams
+from jaxrft.rollout.records import Completion, OnFinished, Request, SamplingParams
 from jaxrft.rollout.sampling import eos_ids_of, stop_token_ids
 from jaxrft.rollout.transfer.choice import choose, gpus_of, make_transport
 from jaxrft.rollout.transfer.export import Exporter
@@ -107,6 +107,7 @@ class VLLMEngine:
         requests: Sequence[Request],
         sampling: SamplingParams,
         on_progress: Callable[[int, int], None] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[Completion]:
         """Completions of all requests: those of the first request first, each request's in order.
 
@@ -115,8 +116,9 @@ class VLLMEngine:
         Args:
             requests: prompts, each with the number of completions wanted of it.
             sampling: how to draw them. min-p is applied before top-k and top-p here.
-            on_progress: called now and then with (completions done, completions in all); what it raises ends all
-                requests and is raised again.
+            on_progress: called now and then with (completions done, completions in all).
+            on_finished: called with the place of each request and all of its completions, as soon as they are there;
+                after :meth:`abort`, with what there is. What either raises ends all requests and is raised again.
 
         Raises:
             ConfigError: a prompt is too long or holds a token outside of the vocabulary, or stop texts are asked for
@@ -134,7 +136,9 @@ class VLLMEngine:
         if not requests:
             return []
         with self._explained():
-            return self._generation.complete(requests, sampling, on_progress or _nothing, self.version or 0)
+            return self._generation.complete(
+                requests, sampling, on_progress or _nothing, on_finished or _nothing, self.version or 0
+            )
 
     def abort(self) -> None:
         """Ends a :meth:`generate` that runs in another thread: it returns what there is, marked ``abort``."""
@@ -275,5 +279,5 @@ class VLLMEngine:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-def _nothing(done: int, total: int) -> None:
+def _nothing(*now: Any) -> None:
     pass
