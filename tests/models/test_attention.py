@@ -238,7 +238,7 @@ def working_kernels(monkeypatch):
         ({"packed": True, "head_dim": 80, "mixed": True, "keys": 1024}, "dense"),
         ({"dtype": "float32"}, "chunked"),
         ({"dtype": "float32", "keys": 64}, "dense"),
-        ({"platform": "cpu", "dtype": "float32", "keys": 512}, "dense"),
+        ({"platform": "cpu", "dtype": "float32", "keys": 384}, "dense"),
         ({"platform": "cpu", "keys": 513}, "chunked"),
     ],
 )
