@@ -165,7 +165,7 @@ class Cycle:
             assert batch.ref_logprobs is not None
             reference = in_list_order(batch, batch.ref_logprobs)
             audit.check_reference(reference, flat["old_logprobs"], flat["mask"])
-        self._run.tracker.message(f"audit passed: engine and trainer agree within {gap:.1e} nats")
+        self._run.tracker.message(f"audit passed: engine and trainer differ by {gap:.1e} nats ({audit.word})")
 
     def _spent(self, generated: int, tokens: int, updates: int) -> dict[str, float]:
         """Time, tokens, compilations and memory of one rollout and its updates."""
