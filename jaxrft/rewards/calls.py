@@ -79,13 +79,15 @@ class Samples:
 
 
 @dataclasses.dataclass
-class BegunPart:
-    """Samples whose rewards have been called, and may still be running.
+class RewardPart:
+    """Samples on their way through the rewards.
+
+    Another thread may cancel them at any time, while their rewards are still being called too.
 
     Attributes:
         samples: these.
         running: each async reward's answer to come.
-        results: of the other rewards: float32 [samples], and the samples that it failed on.
+        results: of each reward that is done: float32 [samples], and the samples that it failed on.
         cancelled: whether nobody wants them any more.
     """
 
@@ -93,12 +95,26 @@ class BegunPart:
     running: dict[str, concurrent.futures.Future[Any]] = dataclasses.field(default_factory=dict)
     results: dict[str, tuple[np.ndarray, int]] = dataclasses.field(default_factory=dict)
     cancelled: bool = False
+    _futures: list[concurrent.futures.Future[Any]] = dataclasses.field(default_factory=list)
+
+    def keep(self, future: concurrent.futures.Future[Any]) -> concurrent.futures.Future[Any]:
+        """The same future, which is cancelled with the part; at once where the part is cancelled already."""
+        # In this order, and that of `cancel`, none is overlooked: a lock could stay locked where Ctrl-C comes up.
+        self._futures.append(future)
+        if self.cancelled:
+            future.cancel()
+        return future
 
     def cancel(self) -> None:
-        """Ends the async rewards at their next ``await``."""
+        """Ends the async rewards at their next ``await``, and calls no further ones."""
         self.cancelled = True
-        for future in self.running.values():
+        for future in self._futures:
             future.cancel()
+
+    def check_wanted(self) -> None:
+        """Raises where the part is cancelled."""
+        if self.cancelled:
+            raise concurrent.futures.CancelledError("nobody waits for these rewards any more")
 
 
 class RewardCall:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrft.config import ConfigError
 from jaxrft.data.records import Prompt
-from jaxrft.rewards.calls import BackgroundLoop, BegunPart, RewardCall, Samples, reward_names
+from jaxrft.rewards.calls import BackgroundLoop, RewardCall, RewardPart, Samples, reward_names
 from jaxrft.rewards.records import PartScores, RewardError, Scores
 
 
@@ -83,33 +83,34 @@ class RewardSet:
         completion_ids: Sequence[Sequence[int]],
         places: Sequence[int] | None = None,
     ) -> PartScores:
-        """Rewards of some samples of a rollout; arguments and errors as of :meth:`begin_part`."""
-        return self.finish_part(self.begin_part(prompts, texts, completion_ids, places))
-
-    def begin_part(
-        self,
-        prompts: Sequence[Prompt],
-        texts: Sequence[str],
-        completion_ids: Sequence[Sequence[int]],
-        places: Sequence[int] | None = None,
-    ) -> BegunPart:
-        """Calls the rewards for some samples of a rollout, and waits for those that are not async.
+        """Rewards of some samples of a rollout.
 
         Args:
             prompts, texts, completion_ids: of these samples; as of :meth:`score`, and so are the errors.
             places: where they stand in the rollout. None: they are all of it.
         """
-        part = BegunPart(Samples.of(prompts, texts, completion_ids, places))
+        part = RewardPart(Samples.of(prompts, texts, completion_ids, places))
+        self.begin_part(part)
+        return self.finish_part(part)
+
+    def begin_part(self, part: RewardPart) -> None:
+        """Calls the rewards for some samples of a rollout, and waits for those that are not async.
+
+        Raises:
+            CancelledError: the part was cancelled; no reward is called after that. Else as of :meth:`score`.
+        """
         if len(part.samples) == 0:
-            return part
+            return
+        part.check_wanted()
         self.check(part.samples.columns)
-        part.running |= {call.name: self._loop.submit(call(part.samples)) for call in self._calls if call.is_async}
+        for call in self._calls:
+            if call.is_async:
+                part.running[call.name] = part.keep(self._loop.submit(call(part.samples)))
         # The others while those run.
         self._finish_calls(part, are_async=False)
-        return part
 
-    def finish_part(self, part: BegunPart) -> PartScores:
-        """Waits for the async rewards of a part; errors as of :meth:`score`."""
+    def finish_part(self, part: RewardPart) -> PartScores:
+        """Waits for the async rewards of a part that was begun; errors as of :meth:`begin_part`."""
         if len(part.samples) == 0:
             return PartScores([], dict.fromkeys(self.names, np.zeros(0, np.float32)), 0)
         self._finish_calls(part, are_async=True)
@@ -119,10 +120,11 @@ class RewardSet:
             errors=sum(errors for _, errors in part.results.values()),
         )
 
-    def _finish_calls(self, part: BegunPart, are_async: bool) -> None:
+    def _finish_calls(self, part: RewardPart, are_async: bool) -> None:
         try:
             for call in self._calls:
                 if call.is_async == are_async:
+                    part.check_wanted()
                     part.results[call.name] = self._finish(call, part)
         except BaseException:
             part.cancel()
@@ -151,7 +153,7 @@ class RewardSet:
         }
         return {f"rewards/{name}/{key}": value for name, metrics in found.items() for key, value in metrics.items()}
 
-    def _finish(self, call: RewardCall, part: BegunPart) -> tuple[np.ndarray, int]:
+    def _finish(self, call: RewardCall, part: RewardPart) -> tuple[np.ndarray, int]:
         """Values of one reward, float32 [samples], and the samples that it failed on."""
         samples, begun = part.samples, part.running.get(call.name)
         try:
@@ -161,12 +163,13 @@ class RewardSet:
         except Exception as error:
             if part.cancelled:
                 raise
-            values = self._one_by_one(call, samples, error)
+            values = self._one_by_one(call, part, error)
         return self._read(call, samples, _check_count(call, samples, values))
 
-    def _one_by_one(self, call: RewardCall, samples: Samples, error: Exception) -> list[Any]:
+    def _one_by_one(self, call: RewardCall, part: RewardPart, error: Exception) -> list[Any]:
         """Finds the samples that a reward raises on, after it raised on all of them together."""
-        outcomes = iter([error]) if len(samples) == 1 else self._outcomes(call, samples)
+        samples = part.samples
+        outcomes = iter([error]) if len(samples) == 1 else self._outcomes(call, part)
         values: list[Any] = []
         for i, outcome in enumerate(outcomes):
             if isinstance(outcome, Exception) and self._stop:
@@ -183,15 +186,17 @@ class RewardSet:
             ) from error
         return values
 
-    def _outcomes(self, call: RewardCall, samples: Samples) -> Iterator[Any]:
+    def _outcomes(self, call: RewardCall, part: RewardPart) -> Iterator[Any]:
         """What a reward returns or raises for each sample alone; async ones at the same time."""
-        singles = [samples.one(i) for i in range(len(samples))]
-        begun = [self._loop.submit(call(single)) for single in singles] if call.is_async else None
+        singles = [part.samples.one(i) for i in range(len(part.samples))]
+        begun = [part.keep(self._loop.submit(call(single))) for single in singles] if call.is_async else None
         for i, single in enumerate(singles):
+            part.check_wanted()
             try:
                 outcome = call(single) if begun is None else begun[i].result()
             except Exception as error:
                 outcome = error
+            part.check_wanted()  # what was cancelled is no error of a sample
             yield outcome
 
     def _read(self, call: RewardCall, samples: Samples, values: Sequence[Any]) -> tuple[np.ndarray, int]:

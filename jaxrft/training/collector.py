@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxrft.data.records import Prompt
-from jaxrft.rewards.calls import BegunPart
+from jaxrft.rewards.calls import RewardPart, Samples
 from jaxrft.rewards.combine import RewardSet
 from jaxrft.rewards.records import Scores
 from jaxrft.rollout.engine import Engine
 from jaxrft.rollout.records import Completion, Request, SamplingParams
 from jaxrft.training.overlap import Overlap
 from jaxrft.training.phases import Phases
-from jaxrft.training.reward_threads import RewardThreads
+from jaxrft.training.reward_threads import CallThread
 from jaxrft.training.rollouts import RolloutBatch, completion_texts, make_requests
 
 
@@ -30,7 +30,7 @@ class Collector:
 
     def __init__(self, engine: Engine, tokenizer: Any, rewards: RewardSet, overlap: bool = False):
         self.engine, self.tokenizer, self.rewards, self.overlap = engine, tokenizer, rewards, overlap
-        self._threads = RewardThreads()
+        self._calls = CallThread("reward calls")
 
     def complete(
         self,
@@ -88,20 +88,24 @@ class Collector:
         """Completions, texts and scores of requests, one a prompt; each is scored as soon as it is finished."""
         group = requests[0].n
 
-        def begin(groups: list[int], completions: list[Completion]) -> tuple[list[str], BegunPart]:
+        def make_part(groups: list[int], completions: list[Completion]) -> RewardPart:
             texts = completion_texts(self.tokenizer, completions)
             places = [g * group + i for g in groups for i in range(group)]
             answered = [prompts[place // group] for place in places]
-            return texts, self.rewards.begin_part(answered, texts, [c.token_ids for c in completions], places)
+            return RewardPart(Samples.of(answered, texts, [c.token_ids for c in completions], places))
 
-        with Overlap(self._threads, begin, self.rewards.finish_part) as overlap:
+        with Overlap(self._calls, make_part, self.rewards) as overlap:
             with phases(phase or "rollout", len(requests) * group) as progress:
 
                 def on_progress(done: int, total: int) -> None:
                     progress(done, total)
                     overlap.check()
 
-                completions = self.engine.generate(requests, sampling, on_progress, overlap.add)
+                def on_finished(place: int, finished: list[Completion]) -> None:
+                    phases.check()  # an engine tells of groups first: no reward is called where a signal has come
+                    overlap.add(place, finished)
+
+                completions = self.engine.generate(requests, sampling, on_progress, on_finished)
                 generated = time.perf_counter()
             with phases(phase or "rewards", len(completions)) as progress:
                 texts = overlap.wait(progress)
@@ -110,5 +114,5 @@ class Collector:
         return completions, texts, scores
 
     def close(self) -> None:
-        """Ends the threads that call rewards."""
-        self._threads.close()
+        """Ends the thread that calls rewards; with ``overlap`` nothing can be collected after."""
+        self._calls.close()

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
-from jaxrft.rewards.calls import BegunPart
+from jaxrft.rewards.calls import RewardPart
+from jaxrft.rewards.combine import RewardSet
 from jaxrft.rewards.records import PartScores
 from jaxrft.rollout.records import Completion
-from jaxrft.training.reward_threads import RewardThreads
+from jaxrft.training.reward_threads import CallThread
 
 Item = TypeVar("Item")
 
@@ -26,14 +27,14 @@ WAIT_SECONDS = 0.2
 # a call, on requests for instance, would be multiplied by the groups.
 PARTS_AT_A_TIME = 8
 
-# Calls the rewards for groups, given as their places in the rollout and their completions; returns the texts too.
-BeginGroups = Callable[[list[int], list[Completion]], tuple[list[str], BegunPart]]
+# What the rewards are called with for groups, given as their places in the rollout and their completions.
+MakePart = Callable[[list[int], list[Completion]], RewardPart]
 
 
 class _Scored(NamedTuple):
     """What a part of the rollout got, and when."""
 
-    outcome: tuple[list[str], PartScores] | BaseException
+    outcome: tuple[list[str], PartScores] | BaseException  # the texts too
     begin: float
     end: float
 
@@ -41,21 +42,23 @@ class _Scored(NamedTuple):
 class Overlap:
     """The groups of one rollout on their way through the rewards, used in a ``with`` block.
 
-    All is done by one caller but for the scoring, which the threads do. They share queues alone: these stay whole where
-    a time-out or Ctrl-C comes up in the middle of any line. At the end of the block, what no call has begun with is
-    dropped, async rewards that run are cancelled, and another one that runs is not waited for.
+    All is done by one caller but for the scoring, which other threads do: one calls the rewards, and each part whose
+    async rewards run has one that waits for them, so that a slow answer holds up no other part and hides no error. They
+    share queues alone: these stay whole where a time-out or Ctrl-C comes up in the middle of any line. At the end of
+    the block, what no call has begun with is dropped, async rewards that run are cancelled, and another one that runs
+    is not waited for.
 
     Args:
-        threads: do the work.
-        begin: calls the rewards for the groups that have been finished since it was last called.
-        finish: waits for what they give.
+        calls: where rewards are called.
+        make_part: of the groups that have been finished since it was last called.
+        rewards: score it.
     """
 
-    def __init__(self, threads: RewardThreads, begin: BeginGroups, finish: Callable[[BegunPart], PartScores]):
-        self._threads, self._begin, self._finish = threads, begin, finish
+    def __init__(self, calls: CallThread, make_part: MakePart, rewards: RewardSet):
+        self._calls, self._make_part, self._rewards = calls, make_part, rewards
         self._finished: queue.SimpleQueue[tuple[int, list[Completion]]] = queue.SimpleQueue()
         self._room = threading.Semaphore(PARTS_AT_A_TIME)
-        self._begun: list[BegunPart] = []
+        self._parts: list[RewardPart] = []
         self._outcomes: queue.SimpleQueue[_Scored] = queue.SimpleQueue()
         self._scored: list[_Scored] = []
         self._added, self._samples = 0, 0
@@ -70,14 +73,14 @@ class Overlap:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._dropped = True
-        for part in self._begun:
+        for part in self._parts:
             part.cancel()
 
     def add(self, group: int, completions: list[Completion]) -> None:
         """Takes a finished group, by its place in the rollout; returns at once."""
         self._added += len(completions)
         self._finished.put((group, completions))
-        self._threads.calls.submit(self._call)
+        self._calls.submit(self._call)
 
     def check(self) -> None:
         """Raises what a reward has raised."""
@@ -130,25 +133,37 @@ class Overlap:
             return
         begin = time.perf_counter()
         try:
-            texts, part = self._begin([g for g, _ in groups], [c for _, completions in groups for c in completions])
+            part = self._begin([g for g, _ in groups], [c for _, completions in groups for c in completions])
+            if part.running:
+                finish = threading.Thread(target=self._finish, args=(part, begin), name="reward answers", daemon=True)
+                finish.start()
+                return
         except BaseException as error:
             self._end(error, begin)
             return
-        self._begun.append(part)
+        self._finish(part, begin)
+
+    def _begin(self, groups: list[int], completions: list[Completion]) -> RewardPart:
+        part = self._make_part(groups, completions)
+        # Before its rewards are called: it may have to be cancelled while one of them runs.
+        self._parts.append(part)
         if self._dropped:  # perhaps too late for the caller to see this part
             part.cancel()
-        self._threads.answers.submit(lambda: self._wait_for(texts, part, begin))
+        self._rewards.begin_part(part)
+        part.check_wanted()  # nor is one waited for that was cancelled meanwhile
+        return part
 
-    def _wait_for(self, texts: list[str], part: BegunPart, begin: float) -> None:
+    def _finish(self, part: RewardPart, begin: float) -> None:
         try:
-            self._end((texts, self._finish(part)), begin)
+            self._end((part.samples.texts, self._rewards.finish_part(part)), begin)
         except BaseException as error:
             self._end(error, begin)
 
     def _end(self, outcome: tuple[list[str], PartScores] | BaseException, begin: float) -> None:
-        if isinstance(outcome, BaseException):
-            self._dropped = True  # nobody will ask for the other groups
         self._outcomes.put(_Scored(outcome, begin, time.perf_counter()))
+        if isinstance(outcome, BaseException):
+            # Nobody will ask for the other groups. Not before: a part that is cancelled for it must not be heard first.
+            self._dropped = True
         self._room.release()
 
 

@@ -27,7 +27,7 @@ class Phases:
         watchdog: Watchdog | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        self.console, self.timer, self._watchdog, self._check = console, timer, watchdog, check
+        self.console, self.timer, self._watchdog, self.check = console, timer, watchdog, check
 
     @contextlib.contextmanager
     def __call__(
@@ -40,6 +40,6 @@ class Phases:
             def progress(done: int, of: int | None = None) -> None:
                 bar.update(done, of)
                 if interruptible:
-                    self._check()
+                    self.check()
 
             yield progress

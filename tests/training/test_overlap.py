@@ -279,6 +279,215 @@ def test_async_rewards_that_nobody_waits_for_are_cancelled():
     collector.close()
 
 
+class Alone:
+    """Raises on several groups' samples together; waits on those of group 3 alone, until it is let or cancelled."""
+
+    __name__ = "alone"
+
+    def __init__(self):
+        self.hanging, self.cancelled, self.go_on = 0, 0, threading.Event()
+
+    async def __call__(self, completions, answer):
+        if len(answer) > 1 and not self.go_on.is_set():
+            raise ValueError("together")
+        self.hanging += 1
+        try:
+            while answer[0] == 3 and not self.go_on.is_set():
+                await asyncio.sleep(0.002)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return [float(a) for a in answer]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "has not come about"
+        time.sleep(0.002)
+
+
+class Interrupting:
+    """A signal that has come when ``begun`` holds, after the first group. ``phases`` are left then."""
+
+    def __init__(self, begun):
+        self.begun, self.asked = begun, False
+        self.phases = phases_of(self.check)
+
+    def between(self, done):
+        if done == 1:
+            wait_until(self.begun)
+            self.asked = True
+
+    def check(self):
+        if self.asked:
+            raise Interrupted
+
+
+def interrupted(rewards, begun):
+    """A collector whose rollout was interrupted when a condition held, and that may go on."""
+    signal = Interrupting(begun)
+    engine = Engine(signal.between)
+    collector = Collector(engine, Tokenizer(), rewards, True)
+    with pytest.raises(Interrupted):
+        collect(engine, None, phases=signal.phases, collector=collector)
+    engine.between = lambda done: None
+    return collector
+
+
+def bounded(seconds=20):
+    """Phases that end with an error what hangs while somebody waits for rewards."""
+    deadline = time.monotonic() + seconds
+
+    def check():
+        assert time.monotonic() < deadline, "hangs"
+
+    return phases_of(check)
+
+
+def test_samples_that_an_async_reward_is_asked_alone_are_cancelled_too():
+    """Else whoever waits for them would hold up the next rollout."""
+    reward = Alone()
+    collector = interrupted(RewardSet([reward], on_error="none"), lambda: reward.hanging == GROUP)
+    wait_until(lambda: reward.cancelled == GROUP)
+    reward.go_on.set()
+    scores = collect(None, None, phases=bounded(), collector=collector).scores
+    assert scores.total.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    collector.close()
+    wait_until(lambda: not any(thread.name == "reward answers" for thread in threading.enumerate()))
+
+
+def test_samples_that_are_asked_alone_end_with_the_error_of_another():
+    """Nobody wants the others' answers where a run stops at the first error."""
+    waiting, cancelled = threading.Event(), threading.Event()
+
+    async def half(completions):
+        if len(completions) == 1 and completions[0].endswith("1"):
+            try:
+                waiting.set()
+                await asyncio.sleep(3600)
+            finally:
+                cancelled.set()
+        while len(completions) == 1 and not waiting.is_set():
+            await asyncio.sleep(0.002)
+        raise ValueError("half")
+
+    with pytest.raises(RewardError, match="half"):
+        RewardSet([half]).score(PROMPTS[:2], ["0", "1"], [[0], [1]])
+    assert cancelled.wait(20)
+
+
+def test_async_rewards_are_cancelled_while_a_function_beside_them_runs():
+    service, begun, go_on = Service(), threading.Event(), threading.Event()
+    judge = Judge(begun, go_on)
+    collector = interrupted(RewardSet([service, judge]), lambda: begun.is_set() and service.running)
+    wait_until(lambda: service.cancelled == 1)
+    go_on.set()
+    service.go_on.set()
+    assert collect(None, None, phases=bounded(), collector=collector).scores.total.tolist()[-1] == 45
+    assert sum(map(len, judge.calls[1:])) == 10
+    collector.close()
+
+
+def test_a_function_that_is_asked_one_by_one_is_not_asked_on_after_an_interrupt():
+    """Nor is the reward after it."""
+    begun, go_on, later = threading.Event(), threading.Event(), Judge()
+
+    def raises_together(completions):
+        if len(completions) == GROUP and completions[0].startswith("3"):
+            judge.begun, judge.go_on = begun, go_on
+            raise ValueError("together")
+
+    judge = Judge(failing=raises_together)
+    collector = interrupted(RewardSet([judge, later], on_error="none"), begun.is_set)
+    go_on.set()
+    judge.failing = lambda texts: None
+    assert collect(None, None, phases=bounded(), collector=collector).scores.total.tolist()[-1] == 82
+    assert judge.calls[:2] == [[3, 3], [3]], "together, then one alone"
+    assert sum(map(len, judge.calls[2:])) == sum(map(len, later.calls)) == 10
+    collector.close()
+
+
+def test_no_reward_is_called_for_a_group_that_ends_after_an_interrupt():
+    begun, asked = threading.Event(), []
+    judge = Judge(begun, begun)
+
+    def check():
+        if asked:
+            raise Interrupted
+
+    class Telling(Engine):
+        """Gives a reward time to begin once a group was told of."""
+
+        def generate(self, requests, sampling, on_progress, on_finished):
+            def told(place, completions):
+                asked.append("Ctrl-C, in the middle of a chunk")
+                on_finished(place, completions)
+                assert begun.wait(20)
+
+            return super().generate(requests, sampling, on_progress, told)
+
+    with pytest.raises(Interrupted):
+        collect(Telling(), RewardSet([judge]), phases=phases_of(check))
+    assert judge.calls == []
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_slow_answer_holds_up_no_other_group(alone, monkeypatch):
+    """Nor where it is slow for one sample alone, after the reward raised on several."""
+    monkeypatch.setattr(module, "PARTS_AT_A_TIME", 2)
+    answered, go_on = [], threading.Event()
+
+    async def slow(completions, answer):
+        if alone and len(answer) > 1:
+            raise ValueError("together")
+        while 3 in answer and not go_on.is_set():
+            await asyncio.sleep(0.002)
+        answered.append(answer[0])
+        return [float(a) for a in answer]
+
+    def between(done):
+        if done == 1:
+            wait_until(lambda: any(thread.name == "reward answers" for thread in threading.enumerate()))
+        if done > 1:
+            wait_until(lambda: len(set(answered)) == done - 1)
+
+    class Last(Engine):
+        def generate(self, *arguments):
+            completions = super().generate(*arguments)
+            wait_until(lambda: set(answered) == {0, 1, 2, 4})
+            go_on.set()
+            return completions
+
+    scores = collect(Last(between), RewardSet([slow], on_error="none"), phases=bounded()).scores
+    assert scores.total.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_an_error_is_heard_while_an_earlier_group_waits_for_its_answer():
+    ended = threading.Event()
+
+    async def patient_with_three(completions, answer):
+        if 3 not in answer:
+            raise ValueError(f"on {answer[0]}")
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.set()
+
+    engine = Engine(stuck_at=2)
+    with pytest.raises(RewardError, match="ValueError: on 0"):
+        collect(engine, RewardSet([patient_with_three]))
+    assert ended.wait(20)
+
+
+def test_a_collector_that_is_closed_refuses_in_place_of_waiting_for_ever():
+    collector = Collector(Engine(), Tokenizer(), RewardSet([Judge()]), True)
+    collect(None, None, collector=collector)
+    collector.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        collect(None, None, phases=bounded(), collector=collector)
+
+
 # ------------------------------------------------------------------ whole runs
 
 
@@ -351,9 +560,32 @@ def raises_on_seven(completions):
     return [0.25] * len(completions)
 
 
-def test_a_run_is_the_same_bit_for_bit(tmp_path):
-    """Dynamic sampling, a greedy baseline and evaluation; rewards of every kind."""
-    runs = []
+def test_a_run_is_the_same_bit_for_bit(tmp_path, monkeypatch):
+    """Dynamic sampling, a greedy baseline and evaluation; rewards of every kind. And rewards do overlap."""
+    called = threading.Event()
+
+    def counted(completions):
+        calls.append(len(completions))
+        called.set()
+        return digits(completions)
+
+    def generate_until_called(generate):
+        """Generation that goes on after the first group when that is with the rewards."""
+
+        def told(on_finished):
+            def tell(place, completions):
+                on_finished(place, completions)
+                assert called.wait(20), "not called while others are generated"
+
+            return tell
+
+        def generating(*arguments):
+            called.clear()
+            return generate(*arguments[:3], told(arguments[3]))
+
+        return generating
+
+    runs, counts = [], []
     for overlap in (False, True):
         config = tiny_config(
             tmp_path / str(overlap),
@@ -365,17 +597,23 @@ def test_a_run_is_the_same_bit_for_bit(tmp_path):
             max_steps=4,
             eval_steps=2,
         )
-        functions = [digits, Strict(), asked, raises_on_seven]
+        calls: list = []
+        functions = [counted, Strict(), asked, raises_on_seven]
         trainer = RLTrainer(config=config, reward_funcs=functions, train_dataset=ROWS[:16], eval_dataset=ROWS[16:])
+        if overlap:
+            monkeypatch.setattr(trainer.engine, "generate", generate_until_called(trainer.engine.generate))
         trainer.train()
         trainer.close()
         moving = ("time", "compiles", "tokens_per_second", "peak_memory")
-        records = [
-            {k: v for k, v in r.items() if not k.startswith(moving)} for r in read_metrics(trainer.folder.metrics)
-        ]
+        measured = read_metrics(trainer.folder.metrics)
+        records = [{k: v for k, v in record.items() if not k.startswith(moving)} for record in measured]
         completions = read_completions(trainer.folder.path)
         runs.append((records, completions, jax.tree.map(np.asarray, jax.tree.leaves(trainer.learner.state.params))))
+        counts.append((len(calls), any(record.get("time/rewards_overlapped", 0) > 0 for record in measured)))
     (records, completions, params), (others, other_completions, other_params) = runs
+    (whole, _), (several, overlapped) = counts
+    assert several > whole
+    assert overlapped
     assert sum(record.get("rewards/errors", 0) for record in records) > 0
     np.testing.assert_equal(others, records)
     assert other_completions == completions
