@@ -174,13 +174,21 @@ class BackgroundLoop:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return asyncio.run_coroutine_threadsafe(_contained(coroutine), self._loop)
 
     def close(self) -> None:
         """Stops the thread; a later ``submit`` starts another."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
+
+
+async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        # These would end the loop, and whoever waits for an answer would wait for ever.
+        raise RuntimeError(f"raised {error!r}") from error
 
 
 def reward_names(functions: Sequence[Callable[..., Any]]) -> list[str]:

@@ -225,6 +225,23 @@ def test_async_samples_are_isolated_at_the_same_time():
     assert (scores.errors, float(np.nansum(scores.total))) == (1, 9.0)
 
 
+@pytest.mark.parametrize("exits", [SystemExit, KeyboardInterrupt])
+def test_an_async_reward_that_exits_is_an_error_and_ends_no_other(exits):
+    """In asyncio these end the loop: nothing that runs in it would ever be answered."""
+
+    async def leaves(completions):
+        raise exits(3)
+
+    async def sound(completions):
+        await asyncio.sleep(0.05)
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match=f"{exits.__name__}") as caught:
+        score(leaves, sound)
+    assert isinstance(caught.value.__cause__.__cause__, exits)
+    assert np.isnan(score(leaves, sound, on_error="none").components["leaves"]).all()
+
+
 def test_an_exception_of_the_batch_alone_says_so():
     def together(completions):
         if len(completions) > 1:
