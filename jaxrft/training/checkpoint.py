@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxrft.config import ConfigError
-from jaxrft.training import disk
-
-# Where one array cannot be read, Orbax leaves the reads of the others under way in native threads, and closes the loop
-# that they report to. Python 3.11 was seen to break when they did so while other code ran: they end first.
-SETTLING_SECONDS = 2.0
+from jaxrft.training import disk, event_loops
 
 
 class CheckpointError(ConfigError):
@@ -122,9 +117,9 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                return self._restore(step, like)
+                with event_loops.drained():
+                    return self._restore(step, like)
             except Exception as error:
-                time.sleep(SETTLING_SECONDS)
                 self._warn(
                     f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); trying the one before"
                 )

@@ -53,6 +53,13 @@ def math_servers():
     return [p for p in psutil.Process().children() if "math_server.py" in " ".join(p.cmdline())]
 
 
+def until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     ("completion", "answer", "score"),
     [
@@ -86,7 +93,8 @@ def test_rows_without_an_answer_leave_the_others_in_place(reward):
 def test_loading_it_starts_its_processes():
     before = math_servers()
     (loaded,) = load_rewards(["math"], {"math": {"workers": 1}}, 7.0)
-    assert len(math_servers()) == len(before) + 1
+    # A process that has just begun may not show its command line yet.
+    until(lambda: len(math_servers()) == len(before) + 1)
     assert (loaded.__name__, loaded.timeout, loaded.workers) == ("math", 7.0, 1)
     loaded.close()
     assert math_servers() == before
