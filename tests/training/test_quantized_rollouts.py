@@ -100,6 +100,7 @@ def test_values_that_are_refused():
         from_dict({"rollout": {"quantization": "fp8", "engine": "vllm"}})
 
 
+@pytest.mark.soak
 def test_sharded_runs_are_those_of_one_device(run_python):
     """Parameters are gathered for the engine before they are quantised; the audit passes, and updates are the same."""
     done = run_python(
