@@ -20,8 +20,9 @@ WAIT_SECONDS = 1.0
 # After so long a request that was told to end is left alone.
 END_SECONDS = 30.0
 
-# Places of requests that were answered, or that failed and why; -1 for a worker that has ended.
-_Ended = queue.SimpleQueue[tuple[int, BaseException | None]]
+Answer = dict[str, Any]
+# A request's place and its answer, or why it failed; None for a worker that has ended.
+_Ended = queue.SimpleQueue[tuple[int, Answer | BaseException] | None]
 
 
 class Generates(Protocol):
@@ -60,9 +61,9 @@ class Dispatcher:
     def run(
         self,
         payloads: Sequence[dict[str, Any]],
-        on_answer: Callable[[int, dict[str, Any]], None] = lambda place, answer: None,
+        on_answer: Callable[[int, Answer], None] = lambda place, answer: None,
         on_wait: Callable[[], None] = lambda: None,
-    ) -> list[dict[str, Any] | None]:
+    ) -> list[Answer | None]:
         """The answer to each payload, None where :meth:`abort` came before it was sent.
 
         Args:
@@ -75,7 +76,7 @@ class Dispatcher:
             EngineError: a server refused a request, or a request failed twice.
         """
         waiting = deque((place, 1) for place in range(len(payloads)))
-        answers: list[dict[str, Any] | None] = [None] * len(payloads)
+        answers: list[Answer | None] = [None] * len(payloads)
         ended: _Ended = queue.SimpleQueue()
 
         def fail(place: int, error: BaseException) -> None:
@@ -90,8 +91,7 @@ class Dispatcher:
                 except IndexError:
                     break
                 try:
-                    answers[place] = server.generate(payloads[place])
-                    ended.put((place, None))
+                    ended.put((place, server.generate(payloads[place])))
                 except httpx.TransportError as error:
                     # What took too long once would again.
                     if attempt < ATTEMPTS and not isinstance(error, httpx.TimeoutException):
@@ -100,7 +100,11 @@ class Dispatcher:
                         fail(place, _gave_up(server, error))
                 except BaseException as error:
                     fail(place, error)
-            ended.put((-1, None))
+            ended.put(None)
+
+        def answered(place: int, answer: Answer) -> None:
+            answers[place] = answer
+            on_answer(place, answer)
 
         count = min(self._in_flight, -(-len(payloads) // len(self._servers)))
         threads = [
@@ -111,7 +115,7 @@ class Dispatcher:
         for thread in threads:
             thread.start()
         try:
-            self._collect(answers, len(threads), ended, on_answer, on_wait)
+            self._collect(len(payloads), len(threads), ended, answered, on_wait)
         except BaseException:
             self.abort()
             raise
@@ -148,32 +152,30 @@ class Dispatcher:
 
     def _collect(
         self,
-        answers: Sequence[dict[str, Any] | None],
+        requests: int,
         workers: int,
         ended: _Ended,
-        on_answer: Callable[[int, dict[str, Any]], None],
+        on_answer: Callable[[int, Answer], None],
         on_wait: Callable[[], None],
     ) -> None:
         """Waits until every request has an answer, or no worker is left."""
-        requests = len(answers)
         while requests and workers:
             try:
-                place, error = ended.get(timeout=WAIT_SECONDS)
+                outcome = ended.get(timeout=WAIT_SECONDS)
             except queue.Empty:
                 on_wait()
                 # Seen: a server that had missed an answer of its engine stood still until it was asked for anything.
                 for server in self._servers:
                     server.ping()
                 continue
-            if error is not None:
-                raise error
-            if place < 0:
+            if outcome is None:
                 workers -= 1
-            else:
-                answer = answers[place]
-                assert answer is not None
-                requests -= 1
-                on_answer(place, answer)
+                continue
+            place, answer = outcome
+            if isinstance(answer, BaseException):
+                raise answer
+            requests -= 1
+            on_answer(place, answer)
 
 
 def _gave_up(server: Generates, error: httpx.TransportError) -> EngineError:

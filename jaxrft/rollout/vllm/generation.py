@@ -7,16 +7,14 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jaxrft.rollout.records import Completion, OnFinished, Request, SamplingParams
 from jaxrft.rollout.vllm import wire
-from jaxrft.rollout.vllm.dispatch import Dispatcher, Generates
+from jaxrft.rollout.vllm.dispatch import Answer, Dispatcher, Generates
 
 # A prompt, how many completions it gets, and their seed.
 Job = tuple[Sequence[int], int, int]
 Progress = Callable[[int, int], None]
-Answer = dict[str, Any]
 
 
 class Generation:
