@@ -74,24 +74,9 @@ class RewardSet:
             RewardError: a reward raised (unless they count as None) or returned another number of values.
             ConfigError: a reward needs a column that the prompts lack.
         """
-        return self.total([self.score_part(prompts, texts, completion_ids)])
-
-    def score_part(
-        self,
-        prompts: Sequence[Prompt],
-        texts: Sequence[str],
-        completion_ids: Sequence[Sequence[int]],
-        places: Sequence[int] | None = None,
-    ) -> PartScores:
-        """Rewards of some samples of a rollout.
-
-        Args:
-            prompts, texts, completion_ids: of these samples; as of :meth:`score`, and so are the errors.
-            places: where they stand in the rollout. None: they are all of it.
-        """
-        part = RewardPart(Samples.of(prompts, texts, completion_ids, places))
+        part = RewardPart(Samples.of(prompts, texts, completion_ids))
         self.begin_part(part)
-        return self.finish_part(part)
+        return self.total([self.finish_part(part)])
 
     def begin_part(self, part: RewardPart) -> None:
         """Calls the rewards for some samples of a rollout, and waits for those that are not async.

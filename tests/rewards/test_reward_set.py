@@ -10,6 +10,7 @@ import pytest
 from jaxrft.config import ConfigError
 from jaxrft.data import Prompt
 from jaxrft.rewards import RewardError, RewardSet
+from jaxrft.rewards.calls import RewardPart, Samples
 
 TEXTS = ["one", "two", "three"]
 IDS = [[1], [2, 2], [3, 3, 3]]
@@ -276,6 +277,12 @@ def test_a_missing_column_is_named_before_and_when_scoring():
         rewards.score(PROMPTS, TEXTS, IDS)
 
 
+def scored_alone(rewards, i):
+    part = RewardPart(Samples.of([PROMPTS[i]], [TEXTS[i]], [IDS[i]], [i]))
+    rewards.begin_part(part)
+    return rewards.finish_part(part)
+
+
 def test_parts_make_the_scores_of_the_whole():
     """Bit for bit, with more rewards than numpy adds up in order for a single sample."""
     rng = np.random.default_rng(0)
@@ -286,13 +293,12 @@ def test_parts_make_the_scores_of_the_whole():
 
     rewards = RewardSet([column(row) for row in range(20)], rng.normal(size=20).tolist())
     whole = rewards.score(PROMPTS, TEXTS, IDS)
-    parts = [rewards.score_part([PROMPTS[i]], [TEXTS[i]], [IDS[i]], [i]) for i in (2, 0, 1)]
-    joined = rewards.total(parts)
+    joined = rewards.total([scored_alone(rewards, i) for i in (2, 0, 1)])
     np.testing.assert_array_equal(joined.total, whole.total)
     for name in rewards.names:
         np.testing.assert_array_equal(joined.components[name], whole.components[name])
     with pytest.raises(RewardError, match=r"returned nan for sample 2 \(row 20 of the dataset\), completion 'three'"):
-        RewardSet([lambda answer: [float("nan")]]).score_part([PROMPTS[2]], [TEXTS[2]], [IDS[2]], [2])
+        scored_alone(RewardSet([lambda answer: [float("nan")]]), 2)
 
 
 def test_no_samples_no_calls():
