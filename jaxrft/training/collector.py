@@ -12,9 +12,9 @@ from jaxrft.rewards.combine import RewardSet
 from jaxrft.rewards.records import Scores
 from jaxrft.rollout.engine import Engine
 from jaxrft.rollout.records import Completion, Request, SamplingParams
+from jaxrft.training.call_thread import CallThread
 from jaxrft.training.overlap import Overlap
 from jaxrft.training.phases import Phases
-from jaxrft.training.reward_threads import CallThread
 from jaxrft.training.rollouts import RolloutBatch, completion_texts, make_requests
 
 

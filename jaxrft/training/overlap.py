@@ -15,7 +15,7 @@ from jaxrft.rewards.calls import RewardPart
 from jaxrft.rewards.combine import RewardSet
 from jaxrft.rewards.records import PartScores
 from jaxrft.rollout.records import Completion
-from jaxrft.training.reward_threads import CallThread
+from jaxrft.training.call_thread import CallThread
 
 Item = TypeVar("Item")
 
