@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs() -> Iterator[None]:
-    """Lets go of what a file compiled: a worker that kept the programs of all files would hold 10 GB in the end."""
+    """Lets go of what a file compiled: a worker that kept all held 4 GB halfway through."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
