@@ -239,7 +239,7 @@ def working_kernels(monkeypatch):
         ({"dtype": "float32"}, "chunked"),
         ({"dtype": "float32", "keys": 64}, "dense"),
         ({"platform": "cpu", "dtype": "float32", "keys": 384}, "dense"),
-        ({"platform": "cpu", "keys": 513}, "chunked"),
+        ({"platform": "cpu", "keys": 385}, "chunked"),
     ],
 )
 @pytest.mark.usefixtures("working_kernels")
