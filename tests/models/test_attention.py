@@ -238,8 +238,8 @@ def working_kernels(monkeypatch):
         ({"packed": True, "head_dim": 80, "mixed": True, "keys": 1024}, "dense"),
         ({"dtype": "float32"}, "chunked"),
         ({"dtype": "float32", "keys": 64}, "dense"),
-        ({"platform": "cpu", "dtype": "float32", "keys": 384}, "dense"),
-        ({"platform": "cpu", "keys": 385}, "chunked"),
+        ({"platform": "cpu", "dtype": "float32", "keys": 448}, "dense"),
+        ({"platform": "cpu", "keys": 449}, "chunked"),
     ],
 )
 @pytest.mark.usefixtures("working_kernels")
