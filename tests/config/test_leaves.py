@@ -100,7 +100,7 @@ EFFECTS = {
     "rewards.arguments": f"{PARTS}::test_rewards",
     "rewards.on_error": "tests/rewards/test_reward_set.py::test_an_exception_can_count_as_none",
     "rewards.timeout": f"{PARTS}::test_rewards",
-    "rewards.overlap": "tests/training/test_overlap.py::test_rewards_begin_before_the_last_group_has_ended",
+    "rewards.overlap": "tests/training/test_overlapped_runs.py::test_rewards_begin_before_the_last_group_has_ended",
     "rollout.engine": f"{PARTS}::test_engine",
     "rollout.max_slots": f"{PARTS}::test_engine",
     "rollout.decode_chunk": f"{PARTS}::test_engine",
