@@ -36,10 +36,12 @@ import numpy as np
 import rollout_sides as sides_of
 import step_shapes
 from flax import nnx
+from kernel_times import profile
 from machine import describe_machine, make_report
 from vllm_peer import vllm_engine
 
 from jaxrft.models import Decoder
+from jaxrft.models.attention.choice import CHOICES
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 # Names in the report, each side over those after it.
@@ -100,7 +102,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--attention", choices=CHOICES, default="auto", help="of the native engine (default: auto)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="profile a turn of ours (see kernel_times.py)")
     parser.add_argument("--fp8", action="store_true", help="run the native engine with quantization=fp8 too")
     parser.add_argument("--no-peer", action="store_true", help="do not run transformers")
     parser.add_argument("--vllm", metavar="PYTHON", help="has vLLM: run it too (heads of 32 channels at least)")
@@ -146,6 +150,10 @@ def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, respon
         for _ in range(1 + arguments.repeats):
             prompts = rng.integers(0, model.spec.vocab_size, shape)
             turns.append({name: timed(side, prompts) for name, side in sides.items()})
+        if arguments.trace:
+            for name in engines:
+                with profile(arguments.trace / f"{concurrency}-{prompt_length}-{response_length}-{name}"):
+                    sides[name](prompts)
         compilations = {name: engine.compilations for name, engine in engines.items()}
     tokens = shape[0] * arguments.group * response_length
     first, *rest = turns

@@ -40,23 +40,26 @@ def config_fields(arguments: argparse.Namespace) -> dict[str, Any]:
 def build_model(arguments: argparse.Namespace) -> Decoder:
     types = {"dtype": arguments.dtype, "param_dtype": arguments.param_dtype}
     if arguments.model:
-        return models.load(arguments.model, **types)
-    return models.from_config(config_fields(arguments), **types)
+        model = models.load(arguments.model, **types)
+    else:
+        model = models.from_config(config_fields(arguments), **types)
+    model.attention = arguments.attention
+    return model
 
 
 def build_peer(arguments: argparse.Namespace) -> Any | None:
     """The same model for ``transformers.generate``, or None where torch is missing."""
     try:
         import torch
-        from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         return None
     dtype = getattr(torch, arguments.dtype)
     if arguments.model:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     else:
-        config = Qwen2Config(**config_fields(arguments), bos_token_id=None, eos_token_id=None)
-        model = Qwen2ForCausalLM(config).to(dtype)
+        config = AutoConfig.for_model(**config_fields(arguments), bos_token_id=None, eos_token_id=None)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -6,35 +6,55 @@ import dataclasses
 import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import step_shapes
 import step_torch
+from kernel_times import profile
 from step_config import Case
 from step_ours import Ours, OurScoring, OurStep
 
 
-def run_case(case: Case, *, steps: int, warm_up: int, peer: bool, ceiling_size: int | None = None) -> dict[str, Any]:
+def run_case(
+    case: Case,
+    *,
+    steps: int,
+    warm_up: int,
+    peer: bool,
+    ceiling_size: int | None = None,
+    trace: Path | None = None,
+) -> dict[str, Any]:
     """What :class:`Case` comes to; ``error`` where it fails."""
     result: dict[str, Any] = {"settings": dataclasses.asdict(case)}
     try:
-        return result | _measure(case, steps, warm_up, peer, ceiling_size)
+        return result | _measure(case, steps, warm_up, peer, ceiling_size, trace)
     except Exception as error:
         return result | {"error": message(error)}
+
+
+def _name(case: Case) -> str:
+    return f"{case.model}-{case.length}-{'packed' if case.packed else 'padded'}-{case.remat}-{case.work}"
 
 
 def message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
-def _measure(case: Case, steps: int, warm_up: int, peer: bool, ceiling_size: int | None) -> dict[str, Any]:
+def _measure(
+    case: Case, steps: int, warm_up: int, peer: bool, ceiling_size: int | None, trace: Path | None
+) -> dict[str, Any]:
     ours = OurScoring(case) if case.work == "logprobs" else OurStep(case)
     for _ in range(warm_up):
         stats = ours()
     # Before anything else takes memory: the peak is that of the process.
     memory = ours.memory()
+    if trace is not None:
+        with profile(trace / _name(case)):
+            ours()
+        (trace / _name(case) / "program.txt").write_text(ours.program.as_text() or "", encoding="utf-8")
     theirs, peer_error = _peer(case, ours, warm_up) if peer and case.devices == 1 else (None, None)
     ceilings = [step_shapes.matmul_ceiling(case.dtype, ceiling_size)]
     seconds: list[float] = []
@@ -116,6 +136,7 @@ def _peer_summary(theirs: Any, seconds: list[float], ours: Ours, ideal: float) -
         "utilisation": ideal / median,
         "peak_bytes": step_torch.peak_bytes(),
         "checkpointing": theirs.checkpointing,
+        "attention": theirs.attention,
         "threads": theirs.torch.get_num_threads(),
         "device": str(theirs.device),
     }

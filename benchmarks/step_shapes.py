@@ -25,22 +25,24 @@ _FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "tie_word_embeddings",
 )  # fmt: skip
-# Those with a size in their name are Qwen2.5's; the others are for a CPU.
+# Qwen2.5's, but for 0.6B, which is Qwen3's; those without a size in their name are for a CPU.
 _SHAPES = {
     "tiny": (256, 64, 128, 2, 4, 2, True),
     "small": (8192, 256, 1024, 4, 4, 2, True),
     "0.5B": (151936, 896, 4864, 24, 14, 2, True),
+    "0.6B": (151936, 1024, 3072, 28, 16, 8, True),
     "1.5B": (151936, 1536, 8960, 28, 12, 2, True),
     "3B": (151936, 2048, 11008, 36, 16, 2, True),
     "7B": (152064, 3584, 18944, 28, 28, 4, False),
 }
+_QWEN3 = {"0.6B": {"model_type": "qwen3", "head_dim": 128, "attention_bias": False}}
 SHAPES = tuple(_SHAPES)
 
 
 def hf_config(shape: str, length: int) -> dict[str, Any]:
-    """Fields of a Qwen2's config.json, with room for ``length`` tokens."""
-    fields = dict(zip(_FIELDS, _SHAPES[shape]))
-    return {"model_type": "qwen2", "max_position_embeddings": max(32768, length), "rope_theta": 1e6, **fields}
+    """Fields of a config.json, with room for ``length`` tokens."""
+    fields = dict(zip(_FIELDS, _SHAPES[shape])) | _QWEN3.get(shape, {"model_type": "qwen2"})
+    return {"max_position_embeddings": max(32768, length), "rope_theta": 1e6, **fields}
 
 
 def prompt_room(length: int) -> int:

@@ -1,8 +1,9 @@
 """The other side of benchmarks/train_step.py: the same optimizer step by torch and transformers.
 
-transformers' Qwen2ForCausalLM with SDPA attention, torch.optim.AdamW (fused), float32 parameters, under bfloat16
-autocast where the step is in bfloat16. It runs the very rows that the JAX side runs, and projects the same tokens:
-those that predict a response. Eager, as trainers run it by default.
+transformers' model with SDPA attention, torch.optim.AdamW (fused), float32 parameters, under bfloat16 autocast where
+the step is in bfloat16. It runs the very rows that the JAX side runs, and projects the same tokens: those that predict a
+response. Eager, as trainers run it by default. Packed rows go to torch's flash attention for segments where it is to be
+had and gives what SDPA gives under a mask; else they are masked.
 """
 
 from __future__ import annotations
@@ -11,20 +12,27 @@ import contextlib
 from typing import Any
 
 import numpy as np
+from step_varlen import NAME, Varlen, segment_lengths
 
 from jaxrft.training.batch import TrainBatch
+
+# Of log-probabilities in 16 bits by two ways of attention.
+VARLEN_TOLERANCE = 0.25
 
 
 class TorchStep:
     """One optimizer step at each call.
 
     Args:
-        model: a Qwen2ForCausalLM.
+        model: one of transformers'.
         batch: as ``Learner.prepare`` gives it, on one device.
         dtype: that of the computation.
         checkpointing: whether each layer's activations are computed again in the backward pass.
         clip: range of the ratio below and above 1.
         update: whether the parameters change; else only log-probabilities are computed.
+
+    Attributes:
+        attention: what attends, and why not what would be faster.
     """
 
     def __init__(
@@ -44,6 +52,10 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
         self.parts = self._parts(batch)
         self.samples = sum(int((part["mask"].sum(1) > 0).sum()) for part in self.parts)
+        self.varlen: Varlen | None = None
+        self.attention = "sdpa"
+        if self.device.type == "cuda" and dtype != "float32" and batch.segment_ids is not None:
+            self._use_varlen(getattr(torch, dtype))
 
     def __call__(self) -> tuple[float, float]:
         """Loss and the gradient's norm, before clipping; without an update, the log-probabilities' sum twice."""
@@ -61,12 +73,34 @@ class TorchStep:
         self.optimizer.zero_grad(set_to_none=True)
         return float(total), float(norm)  # Reading them waits for the device.
 
+    def _use_varlen(self, dtype: Any) -> None:
+        part = self.parts[0]
+        try:
+            with self.torch.no_grad():
+                expected = self._logprobs(part) * part["mask"]
+                self.varlen = Varlen(dtype)
+                self.model.set_attn_implementation(NAME)
+                gap = float((self._logprobs(part) * part["mask"] - expected).abs().max())
+            if not gap <= VARLEN_TOLERANCE:
+                raise ValueError(f"log-probabilities differ by {gap}")
+            self.attention = f"varlen (gap to a mask {gap:.2g})"
+            for part in self.parts:
+                part["attention"] = None
+        except Exception as error:
+            self.varlen = None
+            self.model.set_attn_implementation("sdpa")
+            self.attention = f"sdpa with a mask; varlen: {type(error).__name__}: {error}"[:300]
+
     def _logprobs(self, part: dict[str, Any]) -> Any:
         """Of each response token of a micro-batch [samples, response]."""
         torch = self.torch
+        attention = part["attention"]
+        if self.varlen is not None:
+            attention = None
+            self.varlen.use(part["lengths"], self.device)
         with self.autocast:
             hidden = self.model.model(
-                part["tokens"], attention_mask=part["attention"], position_ids=part["positions"], use_cache=False
+                part["tokens"], attention_mask=attention, position_ids=part["positions"], use_cache=False
             ).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[part["picks"]])
         logprobs = torch.log_softmax(logits.float() / self.temperature, -1)
@@ -114,11 +148,12 @@ class TorchStep:
             positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
             tensors["attention"] = self.torch.tensor(mask[:, None]).to(self.device)
             tensors["positions"] = self.torch.tensor(positions).to(self.device)
+            tensors["lengths"] = segment_lengths(segments)
         return tensors
 
 
 def make_model(fields: dict[str, Any], device: str, threads: int) -> Any:
-    """A Qwen2ForCausalLM with random float32 weights; None without torch.
+    """A model of transformers' with random float32 weights; None without torch.
 
     Args:
         fields: of its config.json.
@@ -127,13 +162,13 @@ def make_model(fields: dict[str, Any], device: str, threads: int) -> Any:
     """
     try:
         import torch
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         return None
     torch.set_num_threads(threads)
-    config = Qwen2Config(**fields, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None)
+    config = AutoConfig.for_model(**fields, bos_token_id=None, eos_token_id=None)
     with torch.device(device):
-        return Qwen2ForCausalLM(config).float()
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
 def peak_bytes() -> int | None:

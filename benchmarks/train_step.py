@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(argv)
     run = in_this_process if options.in_process else in_a_process
-    machine = run(describe_machine, options.virtual_devices, PACKAGES)
+    machine = run(describe_machine, options, PACKAGES)
     defaults = DEFAULTS.get(machine["device"]["platform"], DEFAULTS["gpu"])
     for name, value in defaults.items():
         if getattr(options, name, None) is None:
@@ -97,6 +97,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
     parser.add_argument("--ceiling-size", type=int, help="of the ceiling's matrices; default: 1024, on a GPU 8192")
     parser.add_argument("--virtual-devices", type=int, help="make this many CPU devices")
+    parser.add_argument("--compilation-cache", metavar="FOLDER", help="of compiled programs; default: none is used")
+    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="profile a step of each case (see kernel_times.py)")
     parser.add_argument("--no-peer", action="store_true", help="do not run torch")
     parser.add_argument("--in-process", action="store_true", help="measure here: memory on a GPU is then of all cases")
     parser.add_argument("--output", type=Path, help="file for the JSON report")
@@ -146,10 +148,10 @@ def measure(run: Callable[..., Any], case: dict[str, Any], options: argparse.Nam
     """One case's record. A process that dies is an error of its case alone."""
     settings = {
         "steps": options.steps, "warm_up": options.warm_up, "peer": not options.no_peer,
-        "ceiling_size": options.ceiling_size,
+        "ceiling_size": options.ceiling_size, "trace": options.trace,
     }  # fmt: skip
     try:
-        return run(measure_here, options.virtual_devices, case, settings)
+        return run(measure_here, options, case, settings)
     except Exception as error:
         return {"settings": case, "error": f"{type(error).__name__}: {error}"[:1000]}
 
@@ -160,29 +162,30 @@ def measure_here(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, An
     return step_case.run_case(step_case.Case(**case), **settings)
 
 
-def in_this_process(function: Callable[..., Any], virtual_devices: int | None, *arguments: Any) -> Any:
-    if virtual_devices:
+def in_this_process(function: Callable[..., Any], options: argparse.Namespace, *arguments: Any) -> Any:
+    if options.virtual_devices:
         from jaxrft.config import ParallelConfig, environment
 
-        environment.apply(ParallelConfig(virtual_devices=virtual_devices))
+        environment.apply(ParallelConfig(virtual_devices=options.virtual_devices))
     return function(*arguments)
 
 
-def in_a_process(function: Callable[..., Any], virtual_devices: int | None, *arguments: Any) -> Any:
+def in_a_process(function: Callable[..., Any], options: argparse.Namespace, *arguments: Any) -> Any:
+    started = (options.virtual_devices, options.compilation_cache)
     with ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), initializer=prepare, initargs=(virtual_devices,)
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=prepare, initargs=started
     ) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def prepare(virtual_devices: int | None) -> None:
-    """Settings of a process of its own: compile times are not those of a cache, and torch finds memory on a GPU."""
+def prepare(virtual_devices: int | None, compilation_cache: str | None) -> None:
+    """Settings of a process of its own: compile times are no cache's by default, and torch finds memory on a GPU."""
     from jaxrft.config import ParallelConfig, environment
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Threads that wait busily make torch many times slower as soon as anything else runs on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    environment.apply(ParallelConfig(virtual_devices=virtual_devices, compilation_cache=None))
+    environment.apply(ParallelConfig(virtual_devices=virtual_devices, compilation_cache=compilation_cache))
 
 
 COLUMNS = (

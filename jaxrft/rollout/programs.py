@@ -68,8 +68,12 @@ class Programs:
         self._prefill = jax.jit(self._prefill_impl)
         self._admit = jax.jit(self._admit_impl, static_argnames="mode", donate_argnames=("state", "caches"))
         self._resize = jax.jit(self._resize_impl, static_argnames="length")
-        statics = ("steps", "mode")
-        self._decode = jax.jit(self._decode_impl, static_argnames=statics, donate_argnames=("state", "caches"))
+        self._decode = jax.jit(
+            self._decode_impl,
+            static_argnames=("steps", "mode"),
+            donate_argnames=("state", "caches"),
+            compiler_options=_decode_options(),
+        )
 
     def cast(self, leaves: tuple[Array, ...], dtype: Any) -> tuple[Leaf, ...]:
         """The model's matrices in the type that it computes in, where they are kept in another; or quantised.
@@ -211,6 +215,15 @@ class Programs:
             return layout.named(layout.activation(axes, x.shape))
 
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(sharding, tree))
+
+
+def _decode_options() -> dict[str, Any] | None:
+    """XLA's, of the loop over tokens.
+
+    A GPU's compiler makes one product of several with the same input, and to that end puts their kernels side by side:
+    for every token anew, so that most of the weights would be read twice and written once.
+    """
+    return None if jax.default_backend() == "cpu" else {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
 @functools.lru_cache(maxsize=8)
