@@ -3,8 +3,8 @@
     python benchmarks/kernel_times.py FOLDER
 
 FOLDER is what :func:`profile` wrote, as with ``--trace`` of train_step.py and rollout.py. Kernels whose names differ
-only in a number are one line. Idle is the time between the first kernel and the last in which none ran. A CUDA graph may
-be one line: ``XLA_FLAGS=--xla_gpu_enable_command_buffer=`` has a program run without them.
+only in a number are one line. Idle is the time between the first kernel and the last in which none ran. A CUDA graph
+may be one line: ``XLA_FLAGS=--xla_gpu_enable_command_buffer=`` has a program run without them.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def summarise(events: Iterable[Event], by: str = "kernel") -> dict[str, Any]:
     names = sorted(seconds, key=lambda name: -seconds[name])
     lines = [{"name": name, "seconds": seconds[name], "count": counts[name]} for name in names[:LINES]]
     if rest := names[LINES:]:
-        lines.append({"name": "others", "seconds": sum(seconds[n] for n in rest), "count": sum(counts[n] for n in rest)})
+        others = {"seconds": sum(seconds[name] for name in rest), "count": sum(counts[name] for name in rest)}
+        lines.append({"name": "others", **others})
     busy, idle = covered(events)
     return {"lines": lines, "busy_seconds": busy, "idle_seconds": idle}
 

@@ -1,9 +1,9 @@
 """The other side of benchmarks/train_step.py: the same optimizer step by torch and transformers.
 
 transformers' model with SDPA attention, torch.optim.AdamW (fused), float32 parameters, under bfloat16 autocast where
-the step is in bfloat16. It runs the very rows that the JAX side runs, and projects the same tokens: those that predict a
-response. Eager, as trainers run it by default. Packed rows go to torch's flash attention for segments where it is to be
-had and gives what SDPA gives under a mask; else they are masked.
+the step is in bfloat16. It runs the very rows that the JAX side runs, and projects the same tokens: those that predict
+a response. Eager, as trainers run it by default. Packed rows go to torch's flash attention for segments where it is to
+be had and gives what SDPA gives under a mask; else they are masked.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ceiling-size", type=int, help="of the ceiling's matrices; default: 1024, on a GPU 8192")
     parser.add_argument("--virtual-devices", type=int, help="make this many CPU devices")
     parser.add_argument("--compilation-cache", metavar="FOLDER", help="of compiled programs; default: none is used")
-    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="profile a step of each case (see kernel_times.py)")
+    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="profile a step of each (see kernel_times.py)")
     parser.add_argument("--no-peer", action="store_true", help="do not run torch")
     parser.add_argument("--in-process", action="store_true", help="measure here: memory on a GPU is then of all cases")
     parser.add_argument("--output", type=Path, help="file for the JSON report")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxrft import parallel
 from jaxrft.models.attention import AttentionMask, attend
 from jaxrft.models.elementwise import rms_norm, swiglu
+from jaxrft.models.joined import JoinedKernel
 from jaxrft.models.projection import lookup, project
 from jaxrft.models.rope import RopeTables, apply_rope
 from jaxrft.models.spec import DecoderSpec
@@ -60,10 +62,24 @@ class Linear(nnx.Module):
         """The projection of the last axis."""
         axes, units = parallel.logical_axes(self.kernel)
         # Not indexed: it may be a quantised one.
-        y = project(x, self.kernel.get_value(), axes, units)
+        return self.shift(project(x, self.kernel.get_value(), axes, units))
+
+    def shift(self, y: Float[Array, "... outputs"]) -> Float[Array, "... outputs"]:
+        """Adds the bias, if there is one, to the kernel's product."""
         if self.bias is None:
             return y
-        return y + parallel.gather(self.bias[...].astype(self.dtype), axes[1:], units[1:])
+        return y + parallel.gather(self.bias[...].astype(self.dtype), *parallel.logical_axes(self.bias))
+
+
+def together(x: Float[Array, "... inputs"], *layers: Linear) -> list[Float[Array, "... outputs"]]:
+    """What each of several layers makes of the same input; by one product where their kernels are joined."""
+    joined = layers[0].kernel.get_value()
+    if not isinstance(joined, JoinedKernel):
+        return [layer(x) for layer in layers]
+    axes, _ = parallel.logical_axes(layers[0].kernel)
+    y = project(x, joined.kernel, axes, joined.kernel.shape)
+    ends = np.cumsum(joined.widths)[:-1]
+    return [layer.shift(part) for layer, part in zip(layers, jnp.split(y, ends, axis=-1))]
 
 
 class Embedding(nnx.Module):
@@ -138,9 +154,9 @@ class Attention(nnx.Module):
 
     def _project(self, x: Array, rope: RopeTables) -> tuple[Array, LayerCache]:
         spec, (batch, time) = self.spec, x.shape[:2]
-        query = self.query(x).reshape(batch, time, spec.num_heads, spec.head_dim)
-        key = self.key(x).reshape(batch, time, spec.num_kv_heads, spec.head_dim)
-        value = self.value(x).reshape(batch, time, spec.num_kv_heads, spec.head_dim)
+        made = together(x, self.query, self.key, self.value)
+        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        query, key, value = (a.reshape(batch, time, count, spec.head_dim) for a, count in zip(made, heads))
         if spec.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = apply_rope(query, *rope), apply_rope(key, *rope)
@@ -163,7 +179,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
         """The block's output, without the residual."""
-        gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
+        gate, up = (checkpoint_name(a, name) for a, name in zip(together(x, self.gate, self.up), ("gate", "up")))
         return self.down(swiglu(gate, up))
 
 

@@ -8,7 +8,7 @@ The caches are as long as what is attended to, not as the longest completion the
 no more than it must, needs no second copy of the part it reads, and holds no memory for tokens to come.
 
 Programs take the model's parameters as a flat tuple of arrays, so that a call does not walk the module's
-state in Python. Kernels may be quantised: each is then two arrays.
+state in Python. Kernels may be quantised, each of which is two arrays, or joined.
 """
 
 from __future__ import annotations
@@ -53,14 +53,22 @@ class Programs:
         graphdef, treedef: the model and its parameters, without arrays.
         mesh: devices that the parameters lie on, which share out slots and heads; None: one device.
         quantization: of the engine's copy of the kernels, ``none`` or ``fp8``.
+        joins: whether that copy has kernels with the same input side by side.
 
     Attributes:
         compiled: name, shapes and static arguments of every program that was compiled.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None, quantization: str = "none"):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        treedef: Any,
+        mesh: Mesh | None,
+        quantization: str = "none",
+        joins: bool = False,
+    ):
         self._graphdef, self._treedef = graphdef, treedef
-        self._quantizes = quantization == "fp8"
+        self._quantizes, self._joins = quantization == "fp8", joins
         self._layout = None if mesh is None else Layout(mesh, decoding=True)
         self.compiled: set[tuple[Any, ...]] = set()
         self._cast = jax.jit(self._cast_impl, static_argnames="dtype")
@@ -76,11 +84,12 @@ class Programs:
         )
 
     def cast(self, leaves: tuple[Array, ...], dtype: Any) -> tuple[Leaf, ...]:
-        """The model's matrices in the type that it computes in, where they are kept in another; or quantised.
+        """The model's matrices in the type that it computes in, where they are kept in another; quantised, joined.
 
         Cast where they are used, they would be read in the wider type at every chunk of tokens.
         """
-        if not self._quantizes and all(leaf.ndim < 2 or leaf.dtype == dtype for leaf in leaves):
+        copies = self._quantizes or self._joins
+        if not copies and all(leaf.ndim < 2 or leaf.dtype == dtype for leaf in leaves):
             return leaves
         made = self._call(("cast", dtype), self._cast, leaves, dtype=dtype)
         # What a program hands through, it copies.
@@ -158,7 +167,8 @@ class Programs:
 
     def _cast_impl(self, leaves, *, dtype):
         with self._traced():
-            return own_copy(jax.tree.unflatten(self._treedef, leaves), dtype, quantizes=self._quantizes)
+            params = jax.tree.unflatten(self._treedef, leaves)
+            return own_copy(params, dtype, quantizes=self._quantizes, joins=self._joins)
 
     def _begin_impl(self, leaves, key, *, slots, length):
         return self._share_out((empty_state(key, slots=slots), self._model(leaves).init_cache(slots, length)))
@@ -217,6 +227,11 @@ class Programs:
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(sharding, tree))
 
 
+def joins_kernels(mesh: Mesh | None) -> bool:
+    """Whether an engine joins kernels: a GPU's is faster by it. Devices that share out their outputs cannot."""
+    return jax.default_backend() != "cpu" and (mesh is None or mesh.shape["tensor"] == 1)
+
+
 def _decode_options() -> dict[str, Any] | None:
     """XLA's, of the loop over tokens.
 
@@ -229,4 +244,4 @@ def _decode_options() -> dict[str, Any] | None:
 @functools.lru_cache(maxsize=8)
 def programs_of(graphdef: nnx.GraphDef, treedef: Any, mesh: Mesh | None, quantization: str = "none") -> Programs:
     """The programs of a model; made once for all engines of its shape on these devices."""
-    return Programs(graphdef, treedef, mesh, quantization)
+    return Programs(graphdef, treedef, mesh, quantization, joins=joins_kernels(mesh))

@@ -88,8 +88,8 @@ def _kernels(use: Use) -> tuple[str, ...]:
 
 
 def choose_decode(wanted: str, use: Use) -> str:
-    """The implementation for a slot's newest token: Triton's where it is asked for and can, else whole scores."""
-    if wanted == "triton" and use.keys % 16 == 0 and refusal("triton", use) is None:
+    """The implementation for a slot's newest token: Triton's where it can, else whole scores."""
+    if wanted in ("auto", "triton") and use.keys % 16 == 0 and refusal("triton", use) is None:
         return "triton_decode"
     return "dense"
 

@@ -1,0 +1,72 @@
+"""Generating from kernels that stand side by side, as on a GPU: the same tokens, by fewer products."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrft.rollout import NativeEngine, SamplingParams, programs
+from jaxrft.rollout.programs import Programs
+from tests.rollout.tiny import EOS, random_model, random_requests, tokens_of
+
+DRAWN = SamplingParams(temperature=0.9, max_tokens=12, seed=5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_generates_the_same(quantization, dtype, monkeypatch) -> None:
+    """In bfloat16 the parameters are float32, as a trainer's are."""
+    check_same(monkeypatch.setattr, random_model(dtype=dtype), quantization, None, 1e-5 if dtype == "float32" else 0.05)
+
+
+def test_on_a_mesh(run_python) -> None:
+    run_python(f"from {__name__} import check_mesh; check_mesh()", devices=4)
+
+
+def check_mesh() -> None:
+    from jaxrft.parallel import make_mesh, replicated
+
+    check_same(setattr, random_model(), "none", replicated(make_mesh(2, 2)), 1e-5)
+
+
+def check_same(patch, model, quantization, placement, tolerance) -> None:
+    found = []
+    for joins in (False, True):
+        programs.programs_of.cache_clear()
+        patch(programs, "joins_kernels", lambda mesh, joins=joins: joins)
+        settings = {"max_slots": 8, "max_length": 32, "eos_token_ids": [EOS], "quantization": quantization}
+        with NativeEngine(model, **settings) as engine:
+            if placement is not None:
+                engine.update_weights(jax.device_put(nnx.state(model, nnx.Param), placement), version=1)
+            found.append(engine.generate(random_requests(8, seed=2), DRAWN))
+    programs.programs_of.cache_clear()
+    if tolerance < 0.01:
+        assert tokens_of(found[0]) == tokens_of(found[1])
+    for one, two in zip(*found):
+        alike = len(one.token_ids) if one.token_ids == two.token_ids else 1
+        np.testing.assert_allclose(one.logprobs[:alike], two.logprobs[:alike], atol=tolerance)
+
+
+def test_products_of_a_layer() -> None:
+    """Four in place of seven; the biases, the kernels of other layers and the norms stay as they are."""
+    graphdef, params = nnx.split(random_model())
+    leaves, treedef = jax.tree.flatten(params)
+    counts = {}
+    for joins in (False, True):
+        made = Programs(graphdef, treedef, None, joins=joins)
+        own = made.cast(tuple(leaves), jnp.dtype("float32"))
+        trace = jax.make_jaxpr(made._prefill_impl)(own, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32))
+        names = [equation.primitive.name for equation in every(trace.jaxpr)]
+        counts[joins] = names.count("dot_general")
+    # Of two layers, their attention's own two products each, and the output projection.
+    assert counts == {False: 2 * (7 + 2) + 1, True: 2 * (4 + 2) + 1}
+
+
+def every(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from every(inner)
