@@ -82,7 +82,8 @@ def segment_starts(segment_ids: Int[Array, "batch time"]) -> Int[Array, "batch t
     """Place of the first token of each token's segment."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     new = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], axis=1) != 0
-    return jnp.maximum.accumulate(jnp.where(new, index, 0), axis=1)
+    # Not jnp.maximum.accumulate, which takes a step of a loop for every token.
+    return jax.lax.cummax(jnp.where(new, index, 0), axis=1)
 
 
 def segments(mask: AttentionMask, most: int) -> tuple[Any, Any, Any]:
