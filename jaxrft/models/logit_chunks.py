@@ -35,11 +35,13 @@ class Reduction(NamedTuple):
         transposed: the kernel is [vocab, hidden], as embeddings are kept.
         axis: of the mesh, over which the vocabulary lies, inside ``shard_map``; None: it is whole.
         chunk: columns of the vocabulary at a time; None: as many as :func:`logits_elements` allows.
+        one_pass: chunks are reduced by ``logit_kernel.py``, which reads them once; None: where there is a GPU.
     """
 
     transposed: bool = False
     axis: str | None = None
     chunk: int | None = None
+    one_pass: bool | None = None
 
     def vocab(self, kernel: Array) -> int:
         """The kernel's columns: those of this device."""
@@ -107,7 +109,8 @@ def reduce_logits(
     size, starts, last = how.starts(kernel, len(hidden))
 
     def one(start, size=size):
-        return _reduce_chunk(_logits(how, hidden, how.columns(kernel, start, size)), places - start, sharpness)
+        logits = _logits(how, hidden, how.columns(kernel, start, size))
+        return _reduce_chunk(logits, places - start, sharpness, how.one_pass)
 
     parts = [part[None] for part in one(last, how.vocab(kernel) - last)]
     if last:
@@ -115,8 +118,13 @@ def reduce_logits(
     return _combined(how.axis, sharpness, *parts)
 
 
-def _reduce_chunk(logits, places, sharpness):
+def _reduce_chunk(logits, places, sharpness, one_pass):
     """The largest logit, sums over exp(logits - largest), and the target's logit, or 0 where it is elsewhere."""
+    if jax.default_backend() == "gpu" if one_pass is None else one_pass:
+        # Pallas is loaded where it is used.
+        from jaxrft.models.logit_kernel import reduce_rows
+
+        return reduce_rows(logits, places, sharpness)
     # The largest logit is taken off before the scaling, which compilers round differently in each of its uses:
     # so the largest is exactly 0 everywhere, and sharp distributions keep their digits.
     peak = jnp.max(logits, axis=-1)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxrft.models.logit_chunks import ALIGNMENT, chunk_size, logits_elements
+from jaxrft.models.logit_chunks import ALIGNMENT, Reduction, chunk_size, logits_elements, reduce_logits
+from jaxrft.models.logit_kernel import reduce_rows
 from jaxrft.models.logprobs import projected_logprobs, token_logprobs
 
 TOKENS, HIDDEN, VOCAB = 37, 12, 50
@@ -110,6 +111,40 @@ def test_bfloat16_hidden_states():
         assert np.linalg.norm(np.asarray(ours, np.float32) - theirs) < 0.01 * np.linalg.norm(theirs)
 
 
+@pytest.mark.parametrize("spread", [3, 1e4])
+@pytest.mark.parametrize("columns", [1, 100, 1024, 1500, 4500])
+@pytest.mark.parametrize("tokens", [1, 6, pytest.param(6, marks=pytest.mark.gpu, id="6-compiled")])
+def test_the_kernel_of_one_pass(tokens, columns, spread):
+    """Of columns that fill its blocks and that do not, and of targets in other chunks; on a CPU, interpreted."""
+    logits = np.random.default_rng(columns).normal(size=(6, columns)).astype(np.float32) * np.float32(spread)
+    # Peaks that fall, that rise with every block, and where all logits are far from 0.
+    logits[0:2].sort(), logits[4:6].sort()
+    logits += np.array([[0], [999], [0], [0], [99], [-999]], np.float32)
+    logits[0] = logits[0, ::-1]
+    places, sharpness = np.array([-1, columns, 0, columns - 1, columns // 2, 0]), np.array([0.1, 1, 10, 0.1, 1, 10])
+    logits, places, sharpness = (array[-tokens:] for array in (logits, places, np.float32(sharpness)))
+    peak, norm, moment, chosen = jax.jit(reduce_rows)(logits, places, sharpness)
+    np.testing.assert_array_equal(peak, logits.max(-1))
+    inside = (places >= 0) & (places < columns)
+    np.testing.assert_array_equal(chosen, np.where(inside, logits[np.arange(tokens), np.where(inside, places, 0)], 0))
+    shifted = (np.float64(logits) - peak[:, None]) * np.float64(sharpness)[:, None]
+    np.testing.assert_allclose(norm, np.exp(shifted).sum(-1), rtol=3e-6)
+    np.testing.assert_allclose(moment, (np.exp(shifted) * shifted).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [7, None])
+def test_reduction_in_one_pass(chunk):
+    """As in the passes that XLA makes of it."""
+
+    def run(one_pass):
+        return jax.jit(reduce_logits, static_argnums=0)(
+            Reduction(chunk=chunk, one_pass=one_pass), *INPUTS, TARGETS, 1 / TEMPERATURE
+        )
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [1e4, 1e8, 1e-30])
 def test_extreme_logits_stay_finite(size):
     """One logit towers over the others, or all are equal: entropy 0 or log(vocabulary), and no NaN."""
@@ -195,21 +230,25 @@ def test_8_devices(run_python):
 import jax, numpy as np
 import jax.numpy as jnp
 from jaxrft import parallel
-from jaxrft.models.logprobs import projected_logprobs
+from jaxrft.models.logit_chunks import Reduction
+from jaxrft.models.logprobs import _projected
 rng = np.random.default_rng(0)
 hidden, kernel = rng.normal(size=(4, 6, 8)).astype(np.float32), rng.normal(size=(8, 64)).astype(np.float32)
 targets, weights = rng.integers(0, 64, (4, 6)), rng.normal(size=(2, 4, 6)).astype(np.float32)
 temperature = rng.uniform(0.5, 2, (4, 6)).astype(np.float32)
-def loss(hidden, kernel, transposed, chunk):
-    values = projected_logprobs(hidden, kernel, targets, temperature, chunk, transposed=transposed)
+def loss(hidden, kernel, how):
+    values = _projected(hidden, kernel, targets, temperature, how)
     return jnp.sum(weights * jnp.stack(values)), values
-run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=(2, 3))
-expected = jax.tree.leaves(run(hidden, kernel, False, None))
+run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+expected = jax.tree.leaves(run(hidden, kernel, Reduction()))
 for transposed in (False, True):
     for mesh, strategy in (({"fsdp": 2, "sequence": 2, "tensor": 2}, "fsdp"), ({"tensor": 8}, "ddp"),
                            ({"replica": 2, "sequence": 2, "tensor": 2}, "zero2")):
         with parallel.Layout(parallel.make_mesh(**mesh), strategy).use():
-            found = jax.tree.leaves(run(hidden, kernel.T if transposed else kernel, transposed, 5))
+            arguments = hidden, kernel.T if transposed else kernel
+            found = jax.tree.leaves(run(*arguments, Reduction(transposed, None, 5)))
+            # Pallas cannot interpret a kernel here: that of one pass is put in its place, and not run.
+            jax.eval_shape(run, *arguments, Reduction(transposed, None, 5, one_pass=True))
         found[-1] = found[-1].T if transposed else found[-1]
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)

@@ -67,23 +67,33 @@ def _attend(query, key, value, mask, tiles, interpret):
     return _forward(query, key, value, mask, tiles, interpret)[0]
 
 
-def call(kernel: Any, grid: tuple[int, ...], arguments: Any, specs: Any, results: Any, interpret: bool) -> Any:
+def call(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Any,
+    specs: Any,
+    results: Any,
+    interpret: bool,
+    warps: int | None = None,
+) -> Any:
     """Runs a kernel over a grid.
 
     Args:
         arguments, specs: arrays, and which block of each an instance has.
         results: (shape, dtype, spec) of each result.
+        warps: of an instance; None: attention's, by the head size.
     """
     # Inside shard_map the results differ on the devices on which the arguments do.
     kind = jax.typeof(arguments[0]).mat
-    head_dim = arguments[0].shape[-1]
+    if warps is None:
+        warps = 4 if arguments[0].shape[-1] <= 64 else 8
     return pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=specs,
         out_specs=[spec for *_, spec in results],
         out_shape=[jax.ShapeDtypeStruct(s, t, manual_axis_type=kind) for s, t, _ in results],
-        compiler_params=triton_backend.CompilerParams(num_warps=4 if head_dim <= 64 else 8, num_stages=2),
+        compiler_params=triton_backend.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
     )(*arguments)
 
