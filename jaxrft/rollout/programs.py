@@ -195,9 +195,12 @@ class Programs:
         state = state._replace(done=done, positions=jnp.where(done, 0, state.positions))
         log = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps + 1, *x.shape)), state.newest)
 
+        # A GPU waits at each token for its host, which waits for the answer; it is told the number of tokens instead.
+        asks = jax.default_backend() == "cpu"
+
         def unfinished(carry):
             step, state, _, _ = carry
-            return (step < steps) & ~state.done.all()
+            return (step < steps) & ~state.done.all() if asks else step < steps
 
         def one_token(carry):
             step, state, caches, log = carry

@@ -52,8 +52,8 @@ def choose(wanted: str, use: Use) -> str:
     """The implementation for whole rows, one of ``KERNELS``. Logged once for each use.
 
     Args:
-        wanted: one of ``CHOICES``; ``auto`` takes the first that can: cuDNN, Triton (of packed rows, Triton, cuDNN),
-            then whole scores for short rows and blocks of scores for long ones.
+        wanted: one of ``CHOICES``; ``auto`` takes the first that can: cuDNN, Triton, then whole scores for short rows
+            and blocks of scores for long ones.
         use: what for.
 
     Raises:
@@ -79,12 +79,7 @@ def choose(wanted: str, use: Use) -> str:
 
 def _kernels(use: Use) -> tuple[str, ...]:
     """The kernels of a GPU, the first to be taken first."""
-    if use.platform == "cpu":
-        return ()
-    # Packed, neither has been measured. Triton's visits what is there, and is ours; cuDNN's is behind an interface that
-    # is not public, takes memory and time for segments that a row does not have, and asks at each layer whether there
-    # are more.
-    return ("triton", "cudnn") if use.packed else ("cudnn", "triton")
+    return () if use.platform == "cpu" else ("cudnn", "triton")
 
 
 def choose_decode(wanted: str, use: Use) -> str:

@@ -23,9 +23,9 @@ from jaxrft.models.attention.triton_kernels import masked_scores, product
 
 # A tensor core's smallest block of rows.
 SMALLEST_ROWS = 16
-# Twice the multiprocessors of an H100.
-INSTANCES = 264
-SMALLEST_SPLIT = 256
+# Four times the multiprocessors of an H100: an instance waits for memory most of its time.
+INSTANCES = 528
+SMALLEST_SPLIT = 128
 
 
 def attend_triton_decode(
