@@ -248,10 +248,12 @@ def test_choice(changes, kernel):
 
 
 @pytest.mark.usefixtures("working_kernels")
-def test_decoding_is_by_triton_where_it_is_asked_for():
-    assert choice.choose_decode("triton", GPU) == "triton_decode"
-    assert choice.choose_decode("auto", GPU) == "dense"
-    assert choice.choose_decode("triton", dataclasses.replace(GPU, keys=24)) == "dense"
+def test_decoding_is_by_triton_where_it_can():
+    for wanted, changes, kernel in (
+        ("triton", {}, "triton_decode"), ("auto", {}, "triton_decode"), ("auto", {"keys": 24}, "dense"),
+        ("auto", {"dtype": "float32"}, "dense"), ("auto", {"platform": "cpu"}, "dense"), ("cudnn", {}, "dense"),
+    ):  # fmt: skip
+        assert choice.choose_decode(wanted, dataclasses.replace(GPU, **changes)) == kernel
 
 
 @pytest.mark.parametrize(
@@ -281,8 +283,8 @@ def test_a_choice_is_logged_once(working_kernels, caplog):
 
 
 def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch):
-    """Leaking across segments, raising, or right: as the probe finds."""
-    arguments = ("triton", "float32", 16, None, True)
+    """Leaking across segments, raising, or right: as the probe finds. Last is the kernel itself, interpreted."""
+    arguments, kernel_itself = ("triton", "float32", 16, None, True), attention.KERNELS["triton"]
 
     def leaks(query, key, value, mask):
         return attend_dense(query, key, value, dataclasses.replace(mask, first=jnp.zeros_like(mask.first)))
@@ -290,7 +292,7 @@ def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch):
     def raises(*arguments):
         raise NotImplementedError("no such GPU")
 
-    for kernel, expected in ((leaks, "gives wrong values here"), (raises, "no such GPU"), (attend_chunked, None)):
+    for kernel, expected in ((leaks, "gives wrong values here"), (raises, "no such GPU"), (kernel_itself, None)):
         monkeypatch.setitem(attention.KERNELS, "triton", kernel)
         choice.probe.cache_clear()
         # As where it is asked: while a program is traced.

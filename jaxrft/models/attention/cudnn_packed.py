@@ -55,7 +55,8 @@ def attend_cudnn_packed(
 ) -> Float[Array, "batch time heads head_dim"]:
     """Grouped-query attention of causal packed rows, of 16 bits a number.
 
-    Rows of more segments than :func:`most_segments` are computed in blocks of scores, which is decided on the device.
+    Rows of more segments than :func:`most_segments` go another way, which is decided on the device: Triton's kernel,
+    or where that takes no such heads, blocks of scores.
 
     Raises:
         ValueError: there are more numbers in the queries than cuDNN counts.
@@ -66,9 +67,24 @@ def attend_cudnn_packed(
     starts, lengths, fits = segments(mask, most_segments(query.shape[1], query.shape[3]))
     starts, lengths = (jnp.broadcast_to(a, (query.shape[0], a.shape[1])) for a in (starts, lengths))
     fused = _fused(mask.window)
+    other = _other(query.shape[3])
     # Kept for the backward pass are its arguments alone, as few rows ever take it.
-    blocks = jax.checkpoint(lambda q, k, v, *_: attend_chunked(q, k, v, mask))
-    return jax.lax.cond(fits, fused, blocks, query, key, value, starts, lengths)
+    kept = jax.checkpoint(lambda q, k, v, *_: other(q, k, v, mask))
+    return jax.lax.cond(fits, fused, kept, query, key, value, starts, lengths)
+
+
+def _other(head_dim: int) -> Callable[..., Array]:
+    """What attends where cuDNN's program does not suffice.
+
+    It is compiled into every layer, used or not: of blocks of scores a compiler tries some twenty products on a GPU.
+    """
+    from jaxrft.models.attention.choice import TRITON_HEAD_DIMS
+
+    if jax.default_backend() == "cpu" or head_dim not in TRITON_HEAD_DIMS:
+        return attend_chunked
+    from jaxrft.models.attention.triton import attend_triton
+
+    return attend_triton
 
 
 def _fused(window: int | None) -> Callable[..., Array]:
