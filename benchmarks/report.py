@@ -87,7 +87,10 @@ def shown(name: str, path: Path, options: argparse.Namespace) -> str:
     said = ", ".join(f"{key} {value}" for key, value in versions.items())
     when = f", {report['date'][:10]}" if "date" in report else ""
     link = f"[report](../benchmarks/results/{path.name})"
-    lines = [f"Measured on {device(report)}{when} ({said}; {link}, `{report['command']}`):", "", TABLES[name](report)]
+    lines = [f"Measured on {device(report)}{when} ({said}; {link}, `{report['command']}`):", ""]
+    # What whoever measured had to say of it.
+    lines += [report["note"], ""] if "note" in report else []
+    lines.append(TABLES[name](report))
     if name in PLOTS:
         image = plot_path(path, options)
         lines += ["", f"![{name.replace('_', ' ')} on {device(report)}](images/{image.name})"]

@@ -77,7 +77,8 @@ def together(x: Float[Array, "... inputs"], *layers: Linear) -> list[Float[Array
     if not isinstance(joined, JoinedKernel):
         return [layer(x) for layer in layers]
     axes, _ = parallel.logical_axes(layers[0].kernel)
-    y = project(x, joined.kernel, axes, joined.kernel.shape)
+    inputs, outputs = joined.kernel.shape
+    y = project(x, joined.kernel, axes, (inputs, outputs))
     ends = np.cumsum(joined.widths)[:-1]
     return [layer.shift(part) for layer, part in zip(layers, jnp.split(y, ends, axis=-1))]
 

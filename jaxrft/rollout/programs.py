@@ -195,8 +195,7 @@ class Programs:
         state = state._replace(done=done, positions=jnp.where(done, 0, state.positions))
         log = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps + 1, *x.shape)), state.newest)
 
-        # A GPU waits at each token for its host, which waits for the answer; it is told the number of tokens instead.
-        asks = jax.default_backend() == "cpu"
+        asks = asks_for_the_end()
 
         def unfinished(carry):
             step, state, _, _ = carry
@@ -233,6 +232,15 @@ class Programs:
 def joins_kernels(mesh: Mesh | None) -> bool:
     """Whether an engine joins kernels: a GPU's is faster by it. Devices that share out their outputs cannot."""
     return jax.default_backend() != "cpu" and (mesh is None or mesh.shape["tensor"] == 1)
+
+
+def asks_for_the_end() -> bool:
+    """Whether a chunk ends where all slots are done, which is asked after each token.
+
+    A GPU's host would wait for each answer before it sends the next token's work, and the GPU for the host: there all
+    tokens of a chunk are decoded.
+    """
+    return jax.default_backend() == "cpu"
 
 
 def _decode_options() -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
 State is exact: it follows from shapes and shardings. What a program holds while it runs is counted from what its
 backward pass keeps, at the three moments of an optimizer step that may take most. Against the compiler's own account
 of the compiled step (float32 on the CPU; none, save and full; one device, and eight under ddp, fsdp, hsdp, zero2 and
-tensor) the sum is within 20%, where it is above 50 MiB. What GPU programs hold has not been measured.
+tensor) the sum is within 20%, where it is above 50 MiB. Of GPU programs one was compared: a step of 1.5 billion
+parameters on packed rows of 8192 tokens took 43.8 GiB of an H200, of which 43.5 are counted.
 """
 
 from __future__ import annotations
@@ -133,13 +134,15 @@ def rollout_items(sizes: Sizes) -> Items:
 
 
 def _own_copy(sizes: Sizes) -> float:
-    """What the native engine casts or quantises once for a rollout."""
-    whole = sizes.whole.param_bytes / sizes.param_itemsize
-    if sizes.config.rollout.quantization == "none":
-        return whole * sizes.itemsize if sizes.casts else 0.0
+    """What the native engine casts, joins or quantises once for a rollout."""
     spec, layers = sizes.spec, sizes.spec.num_layers
-    kernels = layers * sizes.layer_elements
+    whole = sizes.whole.param_bytes / sizes.param_itemsize
     heads = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads)
+    if sizes.config.rollout.quantization == "none":
+        joins = sizes.platform != "cpu" and sizes.tensor == 1
+        joined = layers * spec.hidden_size * (heads + 2 * spec.intermediate_size) if joins else 0.0
+        return (whole if sizes.casts else joined) * sizes.itemsize
+    kernels = layers * sizes.layer_elements
     scales = layers * (2 * spec.hidden_size + (heads + 2 * spec.intermediate_size) / sizes.tensor)
     # Kernels are converted where they are used; XLA's CPU compiler does so with all of them first.
     largest = spec.hidden_size * spec.intermediate_size / sizes.tensor

@@ -1,4 +1,4 @@
-"""Generating from kernels that stand side by side, as on a GPU: the same tokens, by fewer products."""
+"""Generating as on a GPU, from kernels that stand side by side and in chunks of known length: the same tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tests.rollout.tiny import EOS, random_model, random_requests, tokens_of
 DRAWN = SamplingParams(temperature=0.9, max_tokens=12, seed=5)
 
 
-@pytest.mark.parametrize("quantization", ["none", "fp8"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "float32"), ("fp8", "bfloat16")])
 def test_it_generates_the_same(quantization, dtype, monkeypatch) -> None:
     """In bfloat16 the parameters are float32, as a trainer's are."""
     check_same(monkeypatch.setattr, random_model(dtype=dtype), quantization, None, 1e-5 if dtype == "float32" else 0.05)
@@ -34,9 +33,10 @@ def check_mesh() -> None:
 
 def check_same(patch, model, quantization, placement, tolerance) -> None:
     found = []
-    for joins in (False, True):
+    for as_on_a_gpu in (False, True):
         programs.programs_of.cache_clear()
-        patch(programs, "joins_kernels", lambda mesh, joins=joins: joins)
+        patch(programs, "joins_kernels", lambda mesh, joins=as_on_a_gpu: joins)
+        patch(programs, "asks_for_the_end", lambda asks=not as_on_a_gpu: asks)
         settings = {"max_slots": 8, "max_length": 32, "eos_token_ids": [EOS], "quantization": quantization}
         with NativeEngine(model, **settings) as engine:
             if placement is not None:

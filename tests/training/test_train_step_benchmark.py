@@ -81,6 +81,32 @@ def test_flops_are_those_of_the_traced_products(benchmark):
     assert product_flops(trace.jaxpr) == shapes.model_flops(spec, samples) + hidden
 
 
+def test_no_loop_goes_over_tokens(benchmark):
+    """Of a step on packed rows: on a GPU each turn of a loop costs as much as a kernel of a large product."""
+    case_module, length = benchmark("step_case"), 768
+    case = case_module.Case(
+        model="tiny", length=length, dtype="float32", strategy=None, mesh={}, remat="none", scan_layers=False,
+        packed=True, micro_batches=2, rows=1,
+    )  # fmt: skip
+    ours = case_module.OurStep(case)
+    assert ours.batch.segment_ids is not None
+    trace = jax.make_jaxpr(ours.learner._step._function)(
+        ours.learner.state, ours.batch, benchmark("step_ours").UNBOUNDED, ours.kl_coef
+    )
+    turns = list(loop_turns(trace.jaxpr))
+    assert turns
+    assert max(turns) <= length // 16
+
+
+def loop_turns(jaxpr):
+    """Turns of every loop whose number is known."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation.params["length"]
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from loop_turns(inner)
+
+
 def product_flops(jaxpr):
     """Of all matrix products in a traced program."""
     total = 0
