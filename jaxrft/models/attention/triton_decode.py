@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as triton_backend
 from jaxtyping import Array, Float
 
 from jaxrft.models.attention.dense import MASKED_SCORE
@@ -23,8 +24,8 @@ from jaxrft.models.attention.triton_kernels import masked_scores, product
 
 # A tensor core's smallest block of rows.
 SMALLEST_ROWS = 16
-# Four times the multiprocessors of an H100: an instance waits for memory most of its time.
-INSTANCES = 528
+# Three times the multiprocessors of an H100: an instance waits for memory most of its time.
+INSTANCES = 396
 SMALLEST_SPLIT = 128
 
 
@@ -56,40 +57,52 @@ def attend_triton_decode(
     if interpret is None:
         interpret = jax.default_backend() == "cpu"
     group = heads // kv_heads
-    rows = max(SMALLEST_ROWS, pl.next_power_of_2(group))
     q = query.reshape(slots, kv_heads, group, head_dim)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    first, last = (jnp.broadcast_to(a[:, 0], (slots,)) for a in (mask.first, mask.last))
-    total, peak, norm = _partial(q, key, value, first, last, key_block, splits, interpret)
+    places = tuple(jnp.broadcast_to(a[:, 0], (slots,)) for a in (mask.first, mask.last))
+    found = _run((q, key, value, *places), key_block, splits, interpret)
+    return (found[0] if splits == 1 else _joined(found, group).astype(query.dtype)).reshape(query.shape)
+
+
+def _joined(found, group):
+    """The result of all keys, from what each split found."""
+    total, peak, norm = found
+    total, peak, norm = total[..., :group, :], peak[..., :group], norm[..., :group]
     weights = jnp.exp2(peak - jnp.max(peak, axis=2, keepdims=True))
-    out = jnp.sum(total * weights[..., None], axis=2) / jnp.sum(norm * weights, axis=2)[..., None]
-    return out[:, :, :group].astype(query.dtype).reshape(slots, 1, heads, head_dim)
+    return jnp.sum(total * weights[..., None], axis=2) / jnp.sum(norm * weights, axis=2)[..., None]
 
 
-def _partial(q, key, value, first, last, key_block, splits, interpret):
-    """Unnormalised result, largest score and denominator of every split."""
-    slots, kv_heads, rows, head_dim = q.shape
+def _run(arguments, key_block, splits, interpret):
+    """The result itself where one split has all keys; else each split's, not yet divided, with its peak and norm."""
+    q, key = arguments[:2]
+    slots, kv_heads, group, head_dim = q.shape
     keys = key.shape[2]
+    # Whole tiles, though there may be fewer heads: what is behind them is neither read nor written.
+    rows = max(SMALLEST_ROWS, pl.next_power_of_2(group))
     queries = pl.BlockSpec((None, None, rows, head_dim), lambda s, h, p: (s, h, 0, 0))
     all_keys = pl.BlockSpec((None, None, keys, head_dim), lambda s, h, p: (s, h, 0, 0))
     places = pl.BlockSpec((slots,), lambda s, h, p: (0,))
-    whole = pl.BlockSpec((None, None, None, rows, head_dim), lambda s, h, p: (s, h, p, 0, 0))
-    numbers = pl.BlockSpec((None, None, None, rows), lambda s, h, p: (s, h, p, 0))
-    shape = (slots, kv_heads, splits, rows)
+    results = [(q.shape, q.dtype, queries)]
+    if splits > 1:
+        shape = (slots, kv_heads, splits, rows)
+        whole = pl.BlockSpec((None, None, None, rows, head_dim), lambda s, h, p: (s, h, p, 0, 0))
+        numbers = pl.BlockSpec((None, None, None, rows), lambda s, h, p: (s, h, p, 0))
+        results = [((*shape, head_dim), jnp.float32, whole), *[(shape, jnp.float32, numbers)] * 2]
     blocks = -(-(keys // key_block) // splits)
     return call(
-        functools.partial(_kernel, key_block=key_block, blocks=blocks),
+        functools.partial(_kernel, key_block=key_block, blocks=blocks, group=group),
         (slots, kv_heads, splits),
-        (q, key, value, first, last),
+        arguments,
         [queries, all_keys, all_keys, places, places],
-        [((*shape, head_dim), jnp.float32, whole), (shape, jnp.float32, numbers), (shape, jnp.float32, numbers)],
+        results,
         interpret,
     )
 
 
-def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, total_ref, peak_ref, norm_ref, *, key_block, blocks):
+def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, key_block, blocks, group):
     slot, split = pl.program_id(0), pl.program_id(2)
-    q, first, last = q_ref[...], first_ref[slot], last_ref[slot]
+    first, last = first_ref[slot], last_ref[slot]
+    there = jnp.arange(q_ref.shape[0])[:, None] < group
+    q = triton_backend.load(q_ref.at[...], mask=there, other=0.0)
     rows = jnp.zeros(q.shape[:1], jnp.int32)
 
     def add(number: Any, carry: Any) -> Any:
@@ -106,4 +119,10 @@ def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, total_ref, peak_ref, norm_
     high = jnp.minimum((split + 1) * blocks, last // key_block + 1)
     zeros = jnp.zeros(q.shape[:1], jnp.float32)
     start = (zeros + MASKED_SCORE, zeros, jnp.zeros(q.shape, jnp.float32))
-    peak_ref[...], norm_ref[...], total_ref[...] = jax.lax.fori_loop(low, high, add, start)
+    peak, norm, total = jax.lax.fori_loop(low, high, add, start)
+    if len(result_refs) == 1:
+        (out_ref,) = result_refs
+        triton_backend.store(out_ref.at[...], (total / norm[:, None]).astype(out_ref.dtype), mask=there)
+    else:
+        total_ref, peak_ref, norm_ref = result_refs
+        total_ref[...], peak_ref[...], norm_ref[...] = total, peak, norm
