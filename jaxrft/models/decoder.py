@@ -122,6 +122,10 @@ class Decoder(nnx.Module):
             new.append(cache)
         return self.final_norm(x)[:, 0], new
 
+    def reads_whole_caches(self, length: int) -> bool:
+        """Whether ``decode`` looks at caches of this length as far as they go, and not at what each slot has alone."""
+        return choose_decode(self.attention, self._use(length, parallel.current())) == "dense"
+
     def init_cache(self, slots: int, length: int) -> list[LayerCache]:
         """Empty caches for ``decode``."""
         shape = (slots, self.spec.num_kv_heads, length, self.spec.head_dim)

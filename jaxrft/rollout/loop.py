@@ -25,6 +25,7 @@ class Loop:
         sampling: how to draw, with the engine's end-of-sequence tokens.
         steps: tokens that a chunk decodes.
         max_length: tokens of prompt and completion together at most.
+        grows: whether caches are as long as the longest live slot needs, else as long as any may need.
         max_prefill_tokens: prompt tokens, padding included, that are run at once.
     """
 
@@ -38,10 +39,12 @@ class Loop:
         *,
         steps: int,
         max_length: int,
+        grows: bool,
         max_prefill_tokens: int,
     ):
         self._programs, self._leaves, self._scheduler = programs, leaves, scheduler
         self._steps, self._max_length, self._max_prefill_tokens = steps, max_length, max_prefill_tokens
+        self._grows = grows
         self._values = sampling_values(sampling, eos_ids)
         self._first_mode, self._mode = modes(sampling)
         self._state: SlotState | None = None  # with the caches, from the first prompts on
@@ -102,7 +105,7 @@ class Loop:
         return True
 
     def _fit_caches(self, length: int) -> SlotState:
-        length = cache_bucket(length, self._max_length)
+        length = cache_bucket(length if self._grows else self._max_length, self._max_length)
         if self._state is None:
             slots = self._scheduler.slots
             self._state, self._caches = self._programs.begin(self._leaves, self._values, slots=slots, length=length)

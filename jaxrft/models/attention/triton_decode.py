@@ -87,9 +87,8 @@ def _run(arguments, key_block, splits, interpret):
         whole = pl.BlockSpec((None, None, None, rows, head_dim), lambda s, h, p: (s, h, p, 0, 0))
         numbers = pl.BlockSpec((None, None, None, rows), lambda s, h, p: (s, h, p, 0))
         results = [((*shape, head_dim), jnp.float32, whole), *[(shape, jnp.float32, numbers)] * 2]
-    blocks = -(-(keys // key_block) // splits)
     return call(
-        functools.partial(_kernel, key_block=key_block, blocks=blocks, group=group),
+        functools.partial(_kernel, key_block=key_block, splits=splits, group=group),
         (slots, kv_heads, splits),
         arguments,
         [queries, all_keys, all_keys, places, places],
@@ -98,7 +97,7 @@ def _run(arguments, key_block, splits, interpret):
     )
 
 
-def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, key_block, blocks, group):
+def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, key_block, splits, group):
     slot, split = pl.program_id(0), pl.program_id(2)
     first, last = first_ref[slot], last_ref[slot]
     there = jnp.arange(q_ref.shape[0])[:, None] < group
@@ -115,8 +114,11 @@ def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, key_block, b
         total = total * shrink[:, None] + product(weights.astype(v.dtype), v, (1, 0))
         return new_peak, norm * shrink + jnp.sum(weights, axis=1), total
 
-    low = jnp.maximum(split * blocks, first // key_block)
-    high = jnp.minimum((split + 1) * blocks, last // key_block + 1)
+    # A slot's own keys are shared out, not those of the cache: of a long cache most slots fill a part.
+    begin, end = first // key_block, last // key_block + 1
+    share = pl.cdiv(end - begin, splits)
+    low = begin + split * share
+    high = jnp.minimum(low + share, end)
     zeros = jnp.zeros(q.shape[:1], jnp.float32)
     start = (zeros + MASKED_SCORE, zeros, jnp.zeros(q.shape, jnp.float32))
     peak, norm, total = jax.lax.fori_loop(low, high, add, start)
