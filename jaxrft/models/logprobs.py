@@ -124,7 +124,7 @@ def _forward(how, hidden, kernel, targets, temperature):
 
 
 def _run_forward(hidden, kernel, targets, temperature, how):
-    # Cast once, not in every chunk; and before it is gathered.
+    # Cast once, not in every chunk.
     kernel = kernel.astype(hidden.dtype)
     shards = _shards(hidden, kernel, how)
     if shards is None:
@@ -135,7 +135,12 @@ def _run_forward(hidden, kernel, targets, temperature, how):
         in_specs=(shards.hidden, shards.kernel, shards.tokens, shards.tokens),
         out_specs=(shards.tokens,) * 4,
     )
-    return run(hidden, kernel, targets, temperature)
+    return run(hidden, _before_gathering(kernel), targets, temperature)
+
+
+def _before_gathering(kernel):
+    """Keeps a cast where it is: a GPU's compiler would gather the wider type, and cast it chunk by chunk."""
+    return jax.lax.optimization_barrier(kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -178,7 +183,7 @@ def _sharded_backward(shards, how, hidden, kernel, tokens):
         mesh=shards.layout.mesh,
         in_specs=(shards.hidden, shards.kernel, *(shards.tokens,) * len(tokens)),
         out_specs=(shards.hidden, reduced),
-    )(hidden, kernel, *tokens)
+    )(hidden, _before_gathering(kernel), *tokens)
     return d_hidden, parallel.constrain_gradient(d_kernel, shards.axes)
 
 

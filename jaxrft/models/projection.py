@@ -125,6 +125,8 @@ def _lookup(table, tokens, dtype):
     layout = parallel.current()
     if layout is None:
         return table[tokens]
+    # The rows that are found would be cast in the table's place, and the table gathered in its wider type.
+    table = jax.lax.optimization_barrier(table)
     placed, table_spec = _lookup_specs(layout, table, tokens)
 
     def local(rows, tokens):
