@@ -118,9 +118,14 @@ def reduce_logits(
     return _combined(how.axis, sharpness, *parts)
 
 
+def reads_once() -> bool:
+    """Whether a chunk's logits are reduced by the kernel, which reads them once."""
+    return jax.default_backend() == "gpu"
+
+
 def _reduce_chunk(logits, places, sharpness, one_pass):
     """The largest logit, sums over exp(logits - largest), and the target's logit, or 0 where it is elsewhere."""
-    if jax.default_backend() == "gpu" if one_pass is None else one_pass:
+    if reads_once() if one_pass is None else one_pass:
         # Pallas is loaded where it is used.
         from jaxrft.models.logit_kernel import reduce_rows
 

@@ -40,8 +40,11 @@ def main() -> None:
             batch = learner.prepare(make_samples(updates.SAMPLES, vocab=64), score_old=False)
             arguments = (learner.state, batch, np.ones(2, np.float32), np.float32(0))
             compiled = learner._step.lower(*arguments).compile()
-            # As for a GPU: lowered anew, in a learner of its own, and not compiled.
-            with mock.patch("jax.default_backend", return_value="gpu"):
+            # As for a GPU: lowered anew, in a learner of its own, and not compiled. Its kernels are nothing for a CPU.
+            with (
+                mock.patch("jax.default_backend", return_value="gpu"),
+                mock.patch("jaxrft.models.logit_chunks.reads_once", return_value=False),
+            ):
                 lowered = updates.learner_of(case)._step.lower(*arguments)
             before = held((learner.state.params, learner.state.opt_state))
             list(learner.update(batch, 9, None))
