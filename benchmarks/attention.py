@@ -8,12 +8,18 @@ any length, which are as many as cuDNN's program for packed rows takes at any le
 and the median of the repeats counts. FLOPs are those of the scores that are seen: 4 x heads x head size for each, and
 2.5 times as many more for the gradient. Beside them torch's scaled_dot_product_attention, where torch is installed
 (causal rows alone: it has no kernel for packed ones).
+With ``--tiles`` Triton's kernels run with others too, each a line of its own: three tiles, of the forward, the query
+gradient's and the key gradient's kernel, each of rows, step, warps and stages. On a CPU they run interpreted.
+
+    python benchmarks/attention.py --kernels dense triton --tiles 128x64x8x3:128x32x8x3:128x64x8x3
+
 Values and gradients of each are compared with whole scores, where these fit ``--dense-limit``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -66,6 +72,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a row")
     parser.add_argument("--masks", nargs="+", default=["causal", "packed"], choices=("causal", "window", "packed"))
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--tiles", nargs="+", default=[], help="further ones for Triton's kernels; see above")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, help="of all rows together; at least one row")
     parser.add_argument("--dense-limit", type=int, default=8192, help="longest rows of which whole scores are held")
@@ -103,7 +110,7 @@ def run_case(options: argparse.Namespace, shape: str, kind: str, length: int) ->
     arrays = [jnp.asarray(rng.normal(size=size), options.dtype) for size in sizes]
     found: dict[str, Any] = {}
     sides: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
-    for kernel in options.kernels:
+    for kernel in [*options.kernels, *(f"triton {tiles}" for tiles in options.tiles)]:
         try:
             found[kernel], sides[kernel] = prepare(options, kernel, mask, arrays, kind)
         except Exception as error:
@@ -143,15 +150,16 @@ def prepare(options, kernel, mask, arrays, kind) -> tuple[dict[str, Any], Any]:
     length, head_dim = inputs[0].shape[1], inputs[0].shape[3]
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     use = Use(platform, options.dtype, head_dim, length, packed=kind == "packed", window=mask.window)
-    if reason := refusal(kernel, use):
+    attend = kernel_with_tiles(kernel) if " " in kernel else attention.KERNELS[kernel]
+    if " " not in kernel and (reason := refusal(kernel, use)):
         raise ValueError(reason)
     if kernel == "dense" and length > options.dense_limit:
         raise ValueError(f"whole scores of {length} tokens are above --dense-limit")
-    mask = dataclasses.replace(mask, kernel=kernel)
-    forward = jax.jit(lambda *a: attention.KERNELS[kernel](*a, mask)).lower(*inputs).compile()
+    mask = dataclasses.replace(mask, kernel=kernel.split()[0])
+    forward = jax.jit(lambda *a: attend(*a, mask)).lower(*inputs).compile()
 
     def loss(weight, *a):
-        return jnp.sum((attention.KERNELS[kernel](*a, mask) * weight).astype(jnp.float32))
+        return jnp.sum((attend(*a, mask) * weight).astype(jnp.float32))
 
     gradient = jax.jit(jax.grad(loss, argnums=(1, 2, 3))).lower(weight, *inputs).compile()
     results = jax.device_get((forward(*inputs), *gradient(weight, *inputs)))
@@ -160,6 +168,14 @@ def prepare(options, kernel, mask, arrays, kind) -> tuple[dict[str, Any], Any]:
         lambda: jax.block_until_ready(forward(*inputs)),
         lambda: jax.block_until_ready(gradient(weight, *inputs)),
     )
+
+
+def kernel_with_tiles(name: str) -> Callable[..., Any]:
+    """Of ``triton`` and three tiles, as the command line takes them."""
+    from jaxrft.models.attention.triton import Tile, Tiles, attend_triton
+
+    tiles = Tiles(*(Tile(*map(int, tile.split("x"))) for tile in name.split()[1].split(":")))
+    return functools.partial(attend_triton, tiles=tiles)
 
 
 def prepare_torch(options, arrays) -> tuple[dict[str, Any], Any]:

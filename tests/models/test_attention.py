@@ -16,15 +16,22 @@ from jaxrft.models.attention import AttentionMask, attend, cache_mask, causal_ma
 from jaxrft.models.attention.chunked import attend_chunked
 from jaxrft.models.attention.cudnn import attend_cudnn
 from jaxrft.models.attention.dense import attend_dense
-from jaxrft.models.attention.triton import Tiles, attend_triton
+from jaxrft.models.attention.mask import padded_mask, whole_blocks_of_keys, whole_blocks_of_queries
+from jaxrft.models.attention.triton import USUAL, Tile, Tiles, attend_triton
 from jaxrft.models.attention.triton_decode import attend_triton_decode
+
+
+def tiles(*own_and_step):
+    return Tiles(*(Tile(own, step, warps=4, stages=2) for own, step in own_and_step))
+
 
 # Blocks that divide none of the lengths below, and some that are longer than all.
 KERNELS = {
     "dense": attend_dense,
     "chunked": functools.partial(attend_chunked, blocks=(16, 24)),
     "one block": functools.partial(attend_chunked, blocks=(512, 512)),
-    "triton": functools.partial(attend_triton, tiles=Tiles(32, 16, 16, 32), interpret=True),
+    "triton": functools.partial(attend_triton, tiles=tiles((32, 16), (16, 32), (32, 16)), interpret=True),
+    "triton, other tiles": functools.partial(attend_triton, tiles=tiles((16, 32), (64, 16), (16, 64)), interpret=True),
 }
 # batch, time, heads, key heads, head size, sliding window, segments of a row
 CASES = {
@@ -34,6 +41,11 @@ CASES = {
     "packed": (2, 77, 6, 3, 16, None, 5),
     "packed, window": (2, 77, 3, 3, 32, 9, 4),
     "a segment a token": (1, 33, 2, 1, 16, None, 33),
+    # Longer than several blocks: most are seen whole, and are added without a mask.
+    "long, causal": (1, 150, 6, 1, 16, None, 1),
+    "long, window": (1, 150, 6, 2, 16, 100, 1),
+    "long, packed": (2, 150, 6, 2, 16, None, 2),
+    "long, packed, window": (2, 150, 4, 1, 16, 70, 2),
 }
 
 
@@ -88,7 +100,7 @@ def test_values_and_gradients(kernel, case):
     np.testing.assert_allclose(out, reference(*map(np.float64, inputs), seen), atol=2e-6)
     expected = gradients(attend_dense, arrays, mask)
     for got, want in zip(gradients(KERNELS[kernel], arrays, mask), expected):
-        np.testing.assert_allclose(got, want, atol=5e-6)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=6e-6)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -115,12 +127,15 @@ def test_what_cudnn_is_asked_for(monkeypatch, window):
     np.testing.assert_allclose(out, dense, atol=2e-6)
 
 
-@pytest.mark.parametrize("kernel", ["chunked", "triton"])
-def test_nothing_leaks_between_segments(kernel):
-    """Another segment's numbers, NaN as well, change neither values nor gradients: not even in the last bit."""
-    arrays, mask, _ = make_case("packed")
+@pytest.mark.parametrize("case", ["packed", "long, packed"])
+@pytest.mark.parametrize("kernel", ["chunked", "triton", "triton, other tiles"])
+def test_nothing_leaks_between_segments(kernel, case):
+    """Another segment's numbers change neither values nor gradients: not even in the last bit."""
+    arrays, mask, _ = make_case(case)
     *inputs, weight = arrays
-    own = np.asarray(mask.first[0]) == 0
+    # A segment in the middle of the row: others stand before and behind it.
+    first = np.asarray(mask.first[0])
+    own = first == first[first.size // 2]
     changed = [jnp.where(own[:, None, None] if a.shape[1] == own.size else own[:, None], a, 9.0) for a in inputs]
     weight = weight * own[:, None, None]
     results = (gradients(KERNELS[kernel], [*some, weight], mask) for some in (inputs, changed))
@@ -128,6 +143,27 @@ def test_nothing_leaks_between_segments(kernel):
         rows = a[0][own] if a.shape[1] == own.size else a[0][:, own]
         others = b[0][own] if b.shape[1] == own.size else b[0][:, own]
         np.testing.assert_array_equal(rows, others)
+
+
+@pytest.mark.parametrize("case", ["long, packed", "long, causal"])
+@pytest.mark.parametrize(("query_block", "key_block"), [(16, 16), (32, 16), (16, 32)])
+def test_blocks_that_are_seen_whole(query_block, key_block, case):
+    """Those between the middle two numbers, which no mask is applied to, and the others are what the mask says."""
+    _, mask, _ = make_case(case)
+    mask, keys = padded_mask(mask, 64), 192
+    seen = np.asarray(mask.visible(jnp.arange(keys)))
+    blocks = seen.reshape(len(seen), -1, query_block, keys // key_block, key_block).swapaxes(2, 3)
+    seen, seen_whole = blocks.any((3, 4)), blocks.all((3, 4))
+    of_keys = whole_blocks_of_keys(mask, query_block, key_block)
+    of_queries = whole_blocks_of_queries(mask, query_block, key_block, keys)
+    assert seen_whole.any()
+    turned = (of_queries, seen.swapaxes(1, 2), seen_whole.swapaxes(1, 2))
+    for bounds, some, every in ((of_keys, seen, seen_whole), turned):
+        number = np.arange(some.shape[2])
+        low, whole, rest, high = np.moveaxis(np.asarray(bounds), -1, 0)[..., None]
+        np.testing.assert_array_equal((low <= number) & (number < high), some)
+        np.testing.assert_array_equal((whole <= number) & (number < rest), every)
+        assert ((low <= whole) & (whole <= rest) & (rest <= high)).all()
 
 
 @pytest.mark.parametrize("kernel", ["chunked", "triton"])
@@ -209,6 +245,12 @@ def test_the_kernels_become_triton_programs(function):
             disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target)],
         )(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arrays))
     assert exported.mlir_module().count(f"@{target}") == calls
+
+
+def test_every_head_size_has_usual_tiles():
+    assert tuple(USUAL) == choice.TRITON_HEAD_DIMS
+    for found in USUAL.values():
+        assert all(tile.own % 16 == tile.step % 16 == 0 for tile in found)
 
 
 # ---------------------------------------------------------------------------------------------- the choice

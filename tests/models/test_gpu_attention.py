@@ -33,14 +33,16 @@ def test_packed_rows_by_cudnn(dtype, head_dim, window):
 
 
 @pytest.mark.parametrize("segments", [1, 5, 32, 100])
-def test_long_packed_rows_by_cudnn(segments):
-    """Of one segment, of as many as the program is made for, and of more, for which it takes another way."""
-    needs_hopper()
+@pytest.mark.parametrize(("kernel", "head_dim"), [("cudnn", 64), ("triton", 64), ("triton", 128), ("triton", 256)])
+def test_long_packed_rows(kernel, head_dim, segments):
+    """Of one segment, of as many as cuDNN's program is made for, and of more, for which it takes another way."""
+    if kernel == "cudnn":
+        needs_hopper()
     rng, rows, time = np.random.default_rng(0), 2, 2048
     assert most_segments(time, 64) == 32
     starts = [np.sort(rng.choice(np.arange(1, time), segments - 1, replace=False)) for _ in range(rows)]
     ids = np.stack([np.searchsorted(row, np.arange(time), side="right") for row in starts])
-    shapes = [(rows, time, 14, 64), *[(rows, 2, time, 64)] * 2, (rows, time, 14, 64)]
+    shapes = [(rows, time, 14, head_dim), *[(rows, 2, time, head_dim)] * 2, (rows, time, 14, head_dim)]
     *inputs, weight = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
 
     def results(kernel):
@@ -51,7 +53,7 @@ def test_long_packed_rows_by_cudnn(segments):
         gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
         return out, *gradients
 
-    for a, b in zip(results("cudnn"), results("dense")):
+    for a, b in zip(results(kernel), results("dense")):
         a, b = np.float32(a), np.float32(b)
         assert np.abs(a - b).max() <= PROBE_TOLERANCE * np.abs(b).max()
 

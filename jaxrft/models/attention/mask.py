@@ -136,6 +136,36 @@ def blocks_of_queries(mask: AttentionMask, query_block: int, key_block: int, key
     return (low // query_block).astype(jnp.int32), (-(-high // query_block)).astype(jnp.int32)
 
 
+def whole_blocks_of_keys(mask: AttentionMask, query_block: int, key_block: int) -> Int[Array, "rows query_blocks 4"]:
+    """For each block of queries the blocks of keys that it sees, and those of which each query sees every key.
+
+    Returns:
+        The first that is seen, the first that is seen whole, the one behind the last that is seen whole, and the one
+        behind the last that is seen. The middle two are equal where none is seen whole.
+    """
+    low, high = blocks_of_keys(mask, query_block, key_block)
+    # Of a block's queries the last sees the fewest keys on the left, and the first the fewest on the right.
+    whole = -(-mask.first[:, query_block - 1 :: query_block] // key_block)
+    rest = (mask.last[:, ::query_block] + 1) // key_block
+    return _in_order(low, whole, rest, high)
+
+
+def whole_blocks_of_queries(
+    mask: AttentionMask, query_block: int, key_block: int, keys: int
+) -> Int[Array, "rows key_blocks 4"]:
+    """For each block of keys the blocks of queries that see it, and those of which each query sees every key of it."""
+    low, high = blocks_of_queries(mask, query_block, key_block, keys)
+    start = jnp.arange(0, keys, key_block, dtype=jnp.int32)
+    whole = jax.vmap(lambda last: jnp.searchsorted(last, start + key_block - 1, side="left"))(mask.last)
+    rest = jax.vmap(lambda first: jnp.searchsorted(first, start, side="right"))(mask.first)
+    return _in_order(low, -(-whole.astype(jnp.int32) // query_block), rest.astype(jnp.int32) // query_block, high)
+
+
+def _in_order(low: Any, whole: Any, rest: Any, high: Any) -> Any:
+    whole = jnp.clip(whole, low, high)
+    return jnp.stack([low, whole, jnp.clip(rest, whole, high), high], axis=-1)
+
+
 def padded_mask(mask: AttentionMask, multiple: int) -> AttentionMask:
     """With further queries, which see what the last one sees, up to a multiple."""
     more = -mask.first.shape[1] % multiple

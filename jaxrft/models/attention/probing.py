@@ -46,16 +46,16 @@ def probe(kernel: str, dtype: str, head_dim: int, window: int | None = None, pac
 
 
 def _probed(kernel: str, packed: bool, dtype: str, head_dim: int, window: int | None) -> list[np.ndarray]:
-    batch, time, heads, kv_heads = 2, 192, 4, 2
+    batch, time, heads, kv_heads = 2, 384, 4, 2
     rng = np.random.default_rng(0)
     shapes = [(batch, time, heads, head_dim), *[(batch, kv_heads, time, head_dim)] * 2]
     arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
     weight = rng.normal(size=shapes[0]).astype(np.float32)
     # Lengths, behind which anything may stand, or segments, of which one is padding: of any length, and not as many in
-    # each row, so that places that are counted wrongly are seen.
-    lengths = np.array([time, 150 if packed else time // 3], np.int32)
+    # each row, so that places that are counted wrongly are seen; some so long that whole blocks of keys are seen.
+    lengths = np.array([time, 342 if packed else time // 3], np.int32)
     weight[np.arange(time)[None] >= lengths[:, None]] = 0.0
-    rows = ((1, 70, 33, 64, 24), (60, 90, 42))
+    rows = ((1, 70, 33, 64, 24, 192), (60, 282, 42))
     ids = np.stack([np.repeat(np.arange(len(row), dtype=np.int32), row) for row in rows])
     kind: dict[str, Any] = {"segment_ids": ids} if packed else {"lengths": lengths}
     narrow = None if window is None else min(window, time // 4)

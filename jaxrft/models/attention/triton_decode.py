@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jaxrft.models.attention.dense import MASKED_SCORE
 from jaxrft.models.attention.mask import AttentionMask
 from jaxrft.models.attention.triton import call
-from jaxrft.models.attention.triton_kernels import masked_scores, product
+from jaxrft.models.attention.triton_kernels import product, scores_of, where_seen
 
 # A tensor core's smallest block of rows.
 SMALLEST_ROWS = 16
@@ -94,6 +94,7 @@ def _run(arguments, key_block, splits, interpret):
         [queries, all_keys, all_keys, places, places],
         results,
         interpret,
+        warps=4 if head_dim <= 64 else 8,
     )
 
 
@@ -108,7 +109,7 @@ def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, key_block, s
         peak, norm, total = carry
         place = number * key_block
         k, v = k_ref[pl.ds(place, key_block), :], v_ref[pl.ds(place, key_block), :]
-        scores = masked_scores(q, k, rows + first, rows + last, place)
+        scores = where_seen(scores_of(q, k), rows + first, rows + last, place)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
         total = total * shrink[:, None] + product(weights.astype(v.dtype), v, (1, 0))
