@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import math
 import re
 import sys
 import time
@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
+import numpy as np
 import step_shapes
 from columns import aligned
 from machine import describe_machine, make_report
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(argv)
     # The plugin makes no client then, which would want a driver.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     found = compile_step(options)
     text = found.pop("text")
     if options.hlo:
@@ -73,26 +75,107 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def compile_step(options: argparse.Namespace) -> dict[str, Any]:
-    """The compiled program's text, its memory, and the plan's."""
-    import jax
-    import numpy as np
-    from flax import nnx
-    from jax.experimental import topologies
-
-    from jaxrft.models import Decoder, spec_from_config
-    from jaxrft.parallel import Layout, resolve_strategy
-    from jaxrft.training.batch import batch_shardings
-    from jaxrft.training.learner import UNBOUNDED, make_rows
-    from jaxrft.training.optimizer import adamw, schedule
-    from jaxrft.training.parts import build_recipe
-    from jaxrft.training.state import Placement, init_state
-    from jaxrft.training.step import make_train_step
-
+    """The compiled program's text, and what it takes of each device."""
     case = Case(
         model=options.shape, length=options.length, dtype="bfloat16", strategy=options.strategy, mesh=options.mesh,
         remat=options.remat, scan_layers=False, packed=options.batching == "packed",
         micro_batches=options.micro_batches, rows=options.rows,
     )  # fmt: skip
-    fields = step_shapes.hf_config(options.shape, options.length)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(jax, "default_backend", return_value="gpu"))
+        # Kernels cannot be tried here: they are taken to work.
+        stack.enter_context(mock.patch("jaxrft.models.attention.choice.probe", return_value=None))
+        lowered, planned = lower(case, options)
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    found = {"arguments_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
+    return {"text": compiled.as_text(), "seconds": seconds, "memory": found | {"planned_bytes": planned}}
+
+
+def lower(case: Case, options: argparse.Namespace) -> tuple[Any, float]:
+    """The step, lowered for the target, and the bytes that the trainer plans for it."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxrft.models import Decoder, spec_from_config
+    from jaxrft.models.stack import Remat
+    from jaxrft.parallel import Layout
+    from jaxrft.training.batch import batch_shardings
+    from jaxrft.training.learner import UNBOUNDED, make_rows
+    from jaxrft.training.optimizer import adamw, schedule
+    from jaxrft.training.parts import build_recipe
+    from jaxrft.training.plan import make_plan
+    from jaxrft.training.state import Placement, init_state
+    from jaxrft.training.step import make_train_step
+
+    fields = step_shapes.hf_config(case.model, case.length)
     fields |= {"num_hidden_layers": options.layers} if options.layers else {}
-    return locals()
+    config, spec = config_of(case), spec_from_config(fields)
+    layout = Layout(target_mesh(options.target, case.mesh), config.parallel.chosen_strategy)
+    model = nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model.remat = Remat(case.remat)
+    graphdef, params = nnx.split(model)
+    optimizer, placement = adamw(config), Placement(layout)
+    like = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+    step = make_train_step(
+        graphdef, optimizer, schedule(config, 10**6), build_recipe(config).policy, config.max_grad_norm,
+        placement=placement, like=like, num_groups=config.rollout_prompts,
+    )  # fmt: skip
+    batch = make_rows(config, step_shapes.make_samples(config.rollout_samples, case.length, spec.vocab_size))
+    arguments = (abstract(like, placement.shardings(like)), abstract(batch, batch_shardings(batch, layout)))
+    plan = make_plan(config, spec, layout, reference=False, limit=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+        traced = step.trace(*arguments, UNBOUNDED, np.float32(0))  # type: ignore[attr-defined]
+        return traced.lower(lowering_platforms=("cuda",)), sum(plan.update.values())
+
+
+def target_mesh(target: Path, sizes: dict[str, int]) -> Any:
+    """A mesh of GPUs that nothing can run on."""
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh
+
+    count = math.prod(sizes.values())
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target.read_text(encoding="utf-8"), topology=f"1x1x{count}"
+    )
+    devices = np.array(found.devices).reshape(tuple(sizes.values()))
+    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes with their placement."""
+    whole = jax.tree.map(lambda _, sharding: sharding, tree, jax.tree.broadcast(shardings, tree))
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, whole)
+
+
+def read(text: str) -> dict[str, Any]:
+    """Loops, collectives and calls of a compiled program."""
+    collectives: dict[str, dict[str, int]] = {}
+    for line in text.splitlines():
+        # Of one that is in two parts, the second has the result.
+        match = re.match(rf"\s*(?:ROOT )?%\S+ = (.*?) ({COLLECTIVES})(?:-done)?\(", line)
+        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]) if match else ():
+            entry = collectives.setdefault(f"{match[2]} {kind}", {"count": 0, "bytes": 0})  # type: ignore[index]
+            entry["count"] += 1
+            entry["bytes"] += WIDTHS.get(kind, 4) * math.prod(int(size) for size in dims.split(",") if size)
+    turns = Counter(re.findall(r'known_trip_count":\{"n":"(\d+)"', text))
+    calls = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
+    return {"loops": dict(turns), "collectives": collectives, "calls": dict(calls)}
+
+
+def rows(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Lines of the table."""
+    memory = found["memory"]
+    compiled = memory["arguments_bytes"] + memory["temporary_bytes"]
+    yield ["memory, GiB", f"{compiled / 2**30:.2f}, planned {memory['planned_bytes'] / 2**30:.2f}"]
+    for name, entry in sorted(found["collectives"].items()):
+        yield [name, f"{entry['count']}, {entry['bytes'] / 2**20:.1f} MiB"]
+    yield ["turns of loops", ", ".join(sorted(found["loops"], key=int)) or "none"]
+    yield from ([name, str(count)] for name, count in sorted(found["calls"].items()))
+    yield ["compiled in", f"{found['seconds']:.0f} s"]
+
+
+if __name__ == "__main__":
+    main()

@@ -135,12 +135,7 @@ def _run_forward(hidden, kernel, targets, temperature, how):
         in_specs=(shards.hidden, shards.kernel, shards.tokens, shards.tokens),
         out_specs=(shards.tokens,) * 4,
     )
-    return run(hidden, _before_gathering(kernel), targets, temperature)
-
-
-def _before_gathering(kernel):
-    """Keeps a cast where it is: a GPU's compiler would gather the wider type, and cast it chunk by chunk."""
-    return jax.lax.optimization_barrier(kernel)
+    return run(hidden, parallel.as_cast(kernel), targets, temperature)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -183,7 +178,7 @@ def _sharded_backward(shards, how, hidden, kernel, tokens):
         mesh=shards.layout.mesh,
         in_specs=(shards.hidden, shards.kernel, *(shards.tokens,) * len(tokens)),
         out_specs=(shards.hidden, reduced),
-    )(hidden, _before_gathering(kernel), *tokens)
+    )(hidden, parallel.as_cast(kernel), *tokens)
     return d_hidden, parallel.constrain_gradient(d_kernel, shards.axes)
 
 

@@ -125,8 +125,6 @@ def _lookup(table, tokens, dtype):
     layout = parallel.current()
     if layout is None:
         return table[tokens]
-    # The rows that are found would be cast in the table's place, and the table gathered in its wider type.
-    table = jax.lax.optimization_barrier(table)
     placed, table_spec = _lookup_specs(layout, table, tokens)
 
     def local(rows, tokens):
@@ -135,6 +133,7 @@ def _lookup(table, tokens, dtype):
         return jax.lax.psum(found, "tensor") if "tensor" in parallel.mesh_axes(table_spec) else found
 
     out = jax.sharding.PartitionSpec(*placed, None)
+    table = parallel.as_cast(table)
     return jax.shard_map(local, mesh=layout.mesh, in_specs=(table_spec, placed), out_specs=out)(table, tokens)
 
 

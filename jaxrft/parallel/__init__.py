@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = exports(
         "Layout": "jaxrft.parallel.layout",
         "STRATEGIES": "jaxrft.parallel.layout",
         "apart": "jaxrft.parallel.layout",
+        "as_cast": "jaxrft.parallel.layout",
         "constrain": "jaxrft.parallel.layout",
         "constrain_gradient": "jaxrft.parallel.layout",
         "current": "jaxrft.parallel.layout",

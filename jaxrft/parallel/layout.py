@@ -137,6 +137,18 @@ def apart(parameter: Array, cotangent: Array) -> tuple[Array, Array]:
     return jax.lax.optimization_barrier((parameter, cotangent))
 
 
+def as_cast(parameter: Array) -> Array:
+    """A sharded parameter, cast already, that is gathered in the type that it was cast to.
+
+    Without this a GPU's compiler may gather it as it is kept, and cast what is used of it. Unchanged where parameters
+    are not sharded, and on a CPU, whose compiler drops the barrier.
+    """
+    layout = current()
+    if layout is None or not layout.shards("params") or jax.default_backend() == "cpu":
+        return parameter
+    return jax.lax.optimization_barrier(parameter)
+
+
 def constrain_gradient(gradient: Array, axes: Sequence[str | None], units: Sequence[int] | None = None) -> Array:
     """A parameter's gradient laid out as the strategy says; unchanged outside of a layout."""
     layout = current()
