@@ -100,7 +100,7 @@ def segments(mask: AttentionMask, most: int) -> tuple[Any, Any, Any]:
     # A token that sees itself alone starts a segment. With a window of one token each is one, and sees what it should.
     number = jnp.cumsum(mask.first == mask.last, axis=1, dtype=jnp.int32)
     wanted = jnp.arange(1, most + 2, dtype=jnp.int32)
-    starts = jax.vmap(lambda n: jnp.searchsorted(n, wanted, side="left"))(number).astype(jnp.int32)
+    starts = _search(number, wanted, "left")
     there = starts[:, :-1] < length
     return (
         jnp.where(there, starts[:, :-1], -1),
@@ -131,9 +131,9 @@ def blocks_of_queries(mask: AttentionMask, query_block: int, key_block: int, key
         Two of Int[Array, "one_or_batch key_blocks"].
     """
     start = jnp.arange(0, keys, key_block, dtype=jnp.int32)
-    low = jax.vmap(lambda last: jnp.searchsorted(last, start, side="left"))(mask.last)
-    high = jax.vmap(lambda first: jnp.searchsorted(first, start + key_block - 1, side="right"))(mask.first)
-    return (low // query_block).astype(jnp.int32), (-(-high // query_block)).astype(jnp.int32)
+    low = _search(mask.last, start, "left")
+    high = _search(mask.first, start + key_block - 1, "right")
+    return low // query_block, -(-high // query_block)
 
 
 def whole_blocks_of_keys(mask: AttentionMask, query_block: int, key_block: int) -> Int[Array, "rows query_blocks 4"]:
@@ -156,9 +156,21 @@ def whole_blocks_of_queries(
     """For each block of keys the blocks of queries that see it, and those of which each query sees every key of it."""
     low, high = blocks_of_queries(mask, query_block, key_block, keys)
     start = jnp.arange(0, keys, key_block, dtype=jnp.int32)
-    whole = jax.vmap(lambda last: jnp.searchsorted(last, start + key_block - 1, side="left"))(mask.last)
-    rest = jax.vmap(lambda first: jnp.searchsorted(first, start, side="right"))(mask.first)
-    return _in_order(low, -(-whole.astype(jnp.int32) // query_block), rest.astype(jnp.int32) // query_block, high)
+    whole = _search(mask.last, start + key_block - 1, "left")
+    rest = _search(mask.first, start, "right")
+    return _in_order(low, -(-whole // query_block), rest // query_block, high)
+
+
+def _search(rows: Int[Array, "rows length"], values: Int[Array, "values"], side: str) -> Int[Array, "rows values"]:
+    """Where each value would stand in each row, whose numbers do not decrease.
+
+    All are compared: one kernel of a GPU, where halving the rows is a loop of small ones.
+    """
+
+    def search(row: Array) -> Array:
+        return jnp.searchsorted(row, values, side=side, method="compare_all")
+
+    return jax.vmap(search)(rows).astype(jnp.int32)
 
 
 def _in_order(low: Any, whole: Any, rest: Any, high: Any) -> Any:
