@@ -22,6 +22,7 @@ def test_it_generates_the_same(quantization, dtype, monkeypatch) -> None:
     check_same(monkeypatch.setattr, random_model(dtype=dtype), quantization, None, 1e-5 if dtype == "float32" else 0.05)
 
 
+@pytest.mark.soak
 def test_on_a_mesh(run_python) -> None:
     run_python(f"from {__name__} import check_mesh; check_mesh()", devices=4)
 
