@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,6 +77,6 @@ def products(jaxpr, times=1):
             shape = equation.invars[0].aval.shape
             total += times * 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
         rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             total += products(inner, times * rounds)
     return total

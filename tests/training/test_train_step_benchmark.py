@@ -7,6 +7,7 @@ import json
 import math
 
 import jax
+import jax.extend.core
 import numpy as np
 import pytest
 from flax import nnx
@@ -103,7 +104,7 @@ def loop_turns(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             yield equation.params["length"]
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from loop_turns(inner)
 
 
@@ -115,7 +116,7 @@ def product_flops(jaxpr):
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             total += product_flops(inner)
     return total
 
