@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -14,7 +16,9 @@ from jaxrft.rollout import NativeEngine, SamplingParams, programs
 from jaxrft.rollout.programs import Programs
 from tests.rollout.tiny import EOS, random_model, random_requests, tokens_of
 
-DRAWN = SamplingParams(temperature=0.9, max_tokens=12, seed=5)
+# Two whole chunks behind the first token.
+DRAWN = SamplingParams(temperature=0.9, max_tokens=17, seed=5)
+WHOLE = dataclasses.replace(DRAWN, ignore_eos=True)
 
 
 @pytest.mark.parametrize(("quantization", "dtype"), [("none", "float32"), ("fp8", "bfloat16")])
@@ -35,7 +39,7 @@ def check_mesh() -> None:
 
 
 def check_same(patch, model, quantization, placement, tolerance) -> None:
-    found = []
+    found, requests = [], random_requests(3, seed=4)
     for as_on_a_gpu in (False, True):
         programs.programs_of.cache_clear()
         patch(programs, "joins_kernels", lambda mesh, joins=as_on_a_gpu: joins)
@@ -44,7 +48,8 @@ def check_same(patch, model, quantization, placement, tolerance) -> None:
         with NativeEngine(model, **settings) as engine:
             if placement is not None:
                 engine.update_weights(jax.device_put(nnx.state(model, nnx.Param), placement), version=1)
-            found.append(engine.generate(random_requests(8, seed=2), DRAWN))
+            # With completions that end when they like, and with some that take every token of every chunk.
+            found.append(engine.generate(random_requests(8, seed=2), DRAWN) + engine.generate(requests, WHOLE))
     programs.programs_of.cache_clear()
     if tolerance < 0.01:
         assert tokens_of(found[0]) == tokens_of(found[1])
