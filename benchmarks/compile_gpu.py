@@ -85,6 +85,7 @@ def compile_step(options: argparse.Namespace) -> dict[str, Any]:
         stack.enter_context(mock.patch.object(jax, "default_backend", return_value="gpu"))
         # Kernels cannot be tried here: they are taken to work.
         stack.enter_context(mock.patch("jaxrft.models.attention.choice.probe", return_value=None))
+        stack.enter_context(mock.patch("jaxrft.models.logit_chunks.reads_once", return_value=True))
         lowered, planned = lower(case, options)
         start = time.perf_counter()
         compiled = lowered.compile()

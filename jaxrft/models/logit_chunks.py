@@ -8,13 +8,19 @@ hundred tokens.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrft.models.precision import matmul_precision
+from jaxrft.models.trial import fault
+
+logger = logging.getLogger(__name__)
 
 # Logits alive at a time, in elements. Between the products they are passed over a few times: on a CPU in its caches,
 # if chunks are small. A product does not end in a sum over its columns on an accelerator either, which writes the
@@ -118,9 +124,30 @@ def reduce_logits(
     return _combined(how.axis, sharpness, *parts)
 
 
+@functools.lru_cache(maxsize=1)
 def reads_once() -> bool:
-    """Whether a chunk's logits are reduced by the kernel, which reads them once."""
-    return jax.default_backend() == "gpu"
+    """Whether a chunk's logits are reduced by the kernel, which reads them once: on a GPU where it is right."""
+    if jax.default_backend() == "cpu":
+        return False
+    reason = kernel_fault()
+    if reason is not None:
+        logger.warning("logits: reduced in two passes, as the kernel for one %s", reason)
+    return reason is None
+
+
+def kernel_fault() -> str | None:
+    """What is wrong with the kernel's results on a small case; None: nothing is."""
+    rng = np.random.default_rng(0)
+    # Of blocks that are whole and of one that is not.
+    logits = rng.normal(size=(5, 5000)).astype(np.float32) * 5
+    places, sharpness = np.array([0, 77, 4999, -1, 5000], np.int32), np.full(5, 0.8, np.float32)
+
+    def run(one_pass: bool) -> tuple[np.ndarray, ...]:
+        program = jax.jit(functools.partial(_reduce_chunk, one_pass=one_pass))
+        return jax.device_get(program(logits, places, sharpness))
+
+    names = ("peaks", "sums", "moments", "targets")
+    return fault(functools.partial(run, True), functools.partial(run, False), names, 1e-4)
 
 
 def _reduce_chunk(logits, places, sharpness, one_pass):

@@ -289,6 +289,26 @@ def test_choice(changes, kernel):
     assert choice.choose("auto", dataclasses.replace(GPU, **changes)) == kernel
 
 
+def test_the_decode_kernel_is_tried_before_it_is_taken(monkeypatch):
+    """Interpreted, it is right; one that sees what is behind a slot's newest token is found out."""
+    arguments = ("triton_decode", "float32", 16)
+
+    def sees_all(query, key, value, mask):
+        return attend_dense(query, key, value, cache_mask(jnp.full(query.shape[:1], key.shape[2] - 1)))
+
+    for kernel, expected in ((attention.KERNELS["triton_decode"], None), (sees_all, "gives wrong values here")):
+        monkeypatch.setitem(attention.KERNELS, "triton_decode", kernel)
+        choice.probe.cache_clear()
+        found = []
+        jax.jit(lambda x, found=found: found.append(choice.probe(*arguments)) or x)(1.0)
+        assert (found[0] is None) if expected is None else (expected in found[0])
+    choice.probe.cache_clear()
+
+
+def test_tritons_kernels_have_tiles_for_what_they_are_chosen_for():
+    assert set(USUAL) == set(choice.TRITON_HEAD_DIMS)
+
+
 @pytest.mark.usefixtures("working_kernels")
 def test_decoding_is_by_triton_where_it_can():
     for wanted, changes, kernel in (

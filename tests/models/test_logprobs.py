@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from jaxrft.models import logit_chunks, logit_kernel
 from jaxrft.models.logit_chunks import ALIGNMENT, Reduction, chunk_size, logits_elements, reduce_logits
 from jaxrft.models.logit_kernel import reduce_rows
 from jaxrft.models.logprobs import projected_logprobs, token_logprobs
@@ -255,3 +256,22 @@ for transposed in (False, True):
 """,
         devices=8,
     )
+
+
+def test_the_kernel_is_tried_before_it_is_taken(monkeypatch, caplog):
+    """As where it is asked for: while a program is traced. One that forgets the last columns is not taken."""
+    found = []
+    jax.jit(lambda x: found.append(logit_chunks.kernel_fault()) or x)(1.0)
+    assert found == [None]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    right = logit_kernel.reduce_rows
+    for forgets, taken in ((0, True), (8, False)):
+        monkeypatch.setattr(
+            logit_kernel,
+            "reduce_rows",
+            lambda logits, *rest, forgets=forgets: right(logits[:, forgets:], *rest, interpret=True),
+        )
+        logit_chunks.reads_once.cache_clear()
+        assert logit_chunks.reads_once() is taken
+    logit_chunks.reads_once.cache_clear()
+    assert "reduced in two passes, as the kernel for one gives wrong sums here" in caplog.text

@@ -14,9 +14,11 @@ from jaxrft import RLTrainer
 from jaxrft.config import ConfigError
 from jaxrft.config.parse import from_dict, to_dict
 from jaxrft.models import Decoder
+from jaxrft.models.joined import JoinedKernel
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, make_mesh
 from jaxrft.rollout import NativeEngine
+from jaxrft.rollout.programs import Programs
 from jaxrft.training import plan as planning
 from jaxrft.training.plan import GIB, MIB, Plan, check_plan, make_plan, usable_bytes
 from tests.training.compiled import step_bytes
@@ -267,6 +269,20 @@ def test_quantized_copy_is_what_the_engine_makes(dtype, tie):
     made = sum(leaf.nbytes for leaf in own if id(leaf) not in given)
     converted = spec.hidden_size * spec.intermediate_size * jnp.dtype(dtype).itemsize
     assert planned - converted == pytest.approx(made, rel=0.01)
+
+
+def test_joined_copy_is_what_the_engine_makes():
+    """On a GPU, of parameters that need no cast: a copy of five of a layer's seven kernels; on a CPU none."""
+    spec, config = spec_of(), config_of(model={"dtype": "bfloat16", "param_dtype": "bfloat16"})
+    planned = {
+        name: plan_of(config, spec, platform=name).rollout.get("parameters in use", 0) for name in ("gpu", "cpu")
+    }
+    graphdef, params = nnx.split(Decoder(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    leaves, treedef = jax.tree.flatten(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
+    own = Programs(graphdef, treedef, None, joins=True).cast(tuple(leaves), jnp.dtype("bfloat16"))
+    joined = sum(leaf.kernel.nbytes for leaf in own if isinstance(leaf, JoinedKernel))
+    assert planned == {"gpu": joined, "cpu": 0}
+    assert joined > 0
 
 
 def test_offloaded_state():

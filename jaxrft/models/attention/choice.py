@@ -88,9 +88,11 @@ def _kernels(use: Use) -> tuple[str, ...]:
 
 def choose_decode(wanted: str, use: Use) -> str:
     """The implementation for a slot's newest token: Triton's where it can, else whole scores."""
-    if wanted in ("auto", "triton") and use.keys % 16 == 0 and refusal("triton", use) is None:
-        return "triton_decode"
-    return "dense"
+    kernel = "triton_decode"
+    can = wanted in ("auto", "triton") and use.keys % 16 == 0 and refusal("triton", use) is None
+    if not can or (use.here and probe(kernel, use.dtype, use.head_dim, use.window)):
+        return "dense"
+    return kernel
 
 
 def refusal(kernel: str, use: Use) -> str | None:

@@ -1,8 +1,7 @@
 """FlashAttention-2 (arXiv:2307.08691) for NVIDIA GPUs, as Pallas kernels that Triton compiles.
 
 Of each block of queries only the blocks of keys that it sees are visited, so that a packed row costs what its segments
-cost apart, and a key head is read once for the query heads that share it. On a CPU the kernels run interpreted: for
-tests.
+cost apart. On a CPU the kernels run interpreted: for tests.
 """
 
 from __future__ import annotations
