@@ -141,6 +141,13 @@ def test_torch_makes_the_same_step(benchmark, tmp_path, packed):
     assert packed == (ours.batch.segment_ids is not None)
 
 
+def test_torchs_segments_are_those_of_the_rows(benchmark):
+    """Row after row, and none that goes from one row to the next though both have the same id."""
+    segments = np.array([[0, 0, 0, 1, 2, 2], [2, 2, 3, 3, 3, 3]])
+    assert benchmark("step_varlen").segment_lengths(segments).tolist() == [3, 1, 2, 2, 4]
+    assert benchmark("step_varlen").segment_lengths(np.array([[5]])).tolist() == [1]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_torch_gives_the_same_logprobs(benchmark, tmp_path, packed):
     transformers = pytest.importorskip("transformers")
