@@ -71,7 +71,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--remat", choices=("none", "full", "save"), default="none")
     parser.add_argument("--hlo", type=Path, help="file for the compiled program")
     parser.add_argument("--output", type=Path, help="file for the JSON report")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not options.target.is_file():
+        parser.error(f"--target: there is no file {options.target}")
+    return options
 
 
 def compile_step(options: argparse.Namespace) -> dict[str, Any]:
@@ -138,9 +141,13 @@ def target_mesh(target: Path, sizes: dict[str, int]) -> Any:
     from jax.sharding import AxisType, Mesh
 
     count = math.prod(sizes.values())
-    found = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=target.read_text(encoding="utf-8"), topology=f"1x1x{count}"
-    )
+    options = {"target_config": target.read_text(encoding="utf-8"), "topology": f"1x1x{count}"}
+    try:
+        found = topologies.get_topology_desc(platform="cuda", topology_name="", **options)
+    except NotImplementedError as error:
+        raise SystemExit(
+            f"error: no compiler for GPUs here ({error}); run: pip install 'jax[cuda13]>=0.11.2'"
+        ) from error
     devices = np.array(found.devices).reshape(tuple(sizes.values()))
     return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
