@@ -60,7 +60,8 @@ def sampling_values(params: SamplingParams, eos_ids: tuple[int, ...]) -> Samplin
         np.int32(params.min_tokens),
         padded,
     )
-    key = jax.random.key(np.uint32(params.seed & 0xFFFFFFFF), impl=PRNG)
+    # What jax.random.key gives, which two programs would compute.
+    key = jax.random.wrap_key_data(np.array([0, params.seed & 0xFFFFFFFF], np.uint32), impl=PRNG)
     return SamplingValues(key, *jax.device_put(numbers))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxrft import algorithms as alg
 from jaxrft.training.batch import TrainBatch, list_order
@@ -53,17 +53,18 @@ class Credit:
         chosen = drawn.rollout.select(drawn.groups)
         # A group that is left out must not count in means over the batch either.
         left_out = np.repeat(drawn.dropped[drawn.groups], chosen.group)
-        rewards, self._seen = _shape(self.recipe.shaping, *self._measured(chosen, left_out), self._seen)
-        by_greedy = None
+        rewards, components, self._seen = self._shaped(chosen, left_out, update=True)
+        by_greedy = greedy_components = None
         if greedy is not None:  # Measured as the rewards that it is subtracted from are.
-            by_greedy, _ = _shape(self.recipe.shaping, *self._measured(greedy), self._seen, update=False)
+            kept = np.zeros(len(greedy.texts), bool)
+            by_greedy, greedy_components, _ = self._shaped(greedy, kept, update=False)
         return alg.Outcome(
             rewards=rewards,
-            components=self._components(chosen, left_out),
+            components=components,
             weights=np.append(self.weights, np.float32(1.0)),
             group_ids=np.repeat(np.arange(len(drawn.groups), dtype=np.int32), chosen.group),
             greedy_rewards=by_greedy,
-            greedy_components=None if greedy is None else self._components(greedy),
+            greedy_components=greedy_components,
         )
 
     def assign(self, batch: TrainBatch, outcome: alg.Outcome, groups: int) -> tuple[TrainBatch, Float[Array, ""]]:
@@ -87,34 +88,30 @@ class Credit:
                 self.kl_coef, observed_kl, control.kl_target, control.kl_horizon, samples
             )
 
-    def _measured(
-        self, rollout: RolloutBatch, left_out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Rewards, lengths, and the longest of these allowed."""
-        rewards = rollout.scores.total if left_out is None else np.where(left_out, np.nan, rollout.scores.total)
-        return rewards, rollout.lengths, self.max_length
-
-    def _components(self, rollout: RolloutBatch, left_out: np.ndarray | None = None) -> np.ndarray:
-        """Each reward, and what the length adds as one more, [samples, rewards + 1]."""
-        terms = jax.device_get(_length_terms(self.recipe.shaping, rollout.lengths, self.max_length))
-        columns = np.stack([*rollout.scores.components.values(), terms], axis=1).astype(np.float32)
-        return columns if left_out is None else np.where(left_out[:, None], np.nan, columns)
+    def _shaped(
+        self, rollout: RolloutBatch, left_out: np.ndarray, update: bool
+    ) -> tuple[np.ndarray, np.ndarray, alg.Moments]:
+        """Rewards; each of them, and what the length adds as one more, [samples, rewards + 1]; and the moments seen."""
+        total = np.where(left_out, np.nan, rollout.scores.total).astype(np.float32)
+        arguments = self.recipe.shaping, total, rollout.lengths, self.max_length, self._seen
+        rewards, terms, seen = jax.device_get(_shape(*arguments, update=update))
+        components = np.stack([*rollout.scores.components.values(), terms], axis=1).astype(np.float32)
+        return rewards, np.where(left_out[:, None], np.nan, components), seen
 
 
-# On the host and back as one program each: operation by operation, a run's first step would compile ten more.
-_length_terms = jax.jit(alg.length_terms, static_argnums=(0, 2))
-_shape_rewards = jax.jit(alg.shape_rewards, static_argnums=(0, 3), static_argnames="update")
-
-
+@jax.jit(static_argnums=(0, 3), static_argnames="update")
 def _shape(
     shaping: alg.RewardShaping,
-    rewards: np.ndarray,
-    lengths: np.ndarray,
+    rewards: Float[Array, "samples"],
+    lengths: Int[Array, "samples"],
     max_length: int,
     seen: alg.Moments,
-    update: bool = True,
-) -> tuple[np.ndarray, alg.Moments]:
-    return jax.device_get(_shape_rewards(shaping, rewards, lengths, max_length, seen, update=update))
+    *,
+    update: bool,
+) -> tuple[Float[Array, "samples"], Float[Array, "samples"], alg.Moments]:
+    """Shaped rewards, what the length adds to each, and the moments seen: one program for a run's first step."""
+    shaped, seen = alg.shape_rewards(shaping, rewards, lengths, max_length, seen, update)
+    return shaped, alg.length_terms(shaping, lengths, max_length), seen
 
 
 def permuted(outcome: alg.Outcome, order: Sequence[int]) -> alg.Outcome:

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrft import RLTrainer
 from jaxrft.tracking import read_metrics
-from jaxrft.training.ahead import Ahead
+from jaxrft.parallel.ahead import Ahead
 from tests.training.learners import learner_of, make_model, make_samples, update
 from tests.training.tiny import MODEL, SCRATCH, tiny_config
 
@@ -112,7 +112,5 @@ def test_ragged_lengths_compile_few_programs(tmp_path, caplog):
     lengths = {round(r["completions/mean_length"], 3) for r in steps}
     assert len(lengths) > 5, "lengths are not ragged"
     # Up to the last rollout: what is saved then is of no length.
-    assert 10 < by_rollout[-1] <= 25
-    # The first update is in the second rollout's.
-    assert by_rollout[-1] - by_rollout[1] <= 12
+    assert 8 < by_rollout[-1] <= 12
     trainer.close()

@@ -25,30 +25,31 @@ class Ahead:
         self._programs: dict[Any, Future[Any]] = {}
         self._pool: ThreadPoolExecutor | None = None
 
-    def prepare(self, *arguments: Any) -> None:
+    def prepare(self, *arguments: Any, **statics: Any) -> None:
         """Starts to compile for arguments like these; returns at once.
 
         Args:
             arguments: trees of ``jax.ShapeDtypeStruct`` with shardings, or of arrays.
+            statics: arguments that are static.
         """
-        key = _key(arguments)
+        key = _key(arguments, statics)
         if key in self._programs:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile-ahead")
         abstract = jax.tree.map(abstract_of, arguments)
-        self._programs[key] = self._pool.submit(lambda: self._function.lower(*abstract).compile())
+        self._programs[key] = self._pool.submit(lambda: self._function.lower(*abstract, **statics).compile())
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **statics: Any) -> Any:
         """The function's result."""
-        program = self._programs.get(_key(arguments)) if self._programs else None
+        program = self._programs.get(_key(arguments, statics)) if self._programs else None
         if program is None:
-            return self._function(*arguments)
+            return self._function(*arguments, **statics)
         try:
             return program.result()(*arguments)
         except (TypeError, ValueError) as error:  # Raised before anything runs: the arrays lie in other places.
             logger.warning("compiled ahead in vain: %s", error)
-            return self._function(*arguments)
+            return self._function(*arguments, **statics)
 
     @property
     def late(self) -> int:
@@ -70,6 +71,6 @@ def abstract_of(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
-def _key(arguments: Any) -> Any:
+def _key(arguments: Any, statics: dict[str, Any]) -> Any:
     leaves, treedef = jax.tree.flatten(arguments)
-    return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), tuple(sorted(statics.items()))
