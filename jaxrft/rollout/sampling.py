@@ -61,7 +61,8 @@ def sampling_values(params: SamplingParams, eos_ids: tuple[int, ...]) -> Samplin
         padded,
     )
     # What jax.random.key gives, which two programs would compute.
-    key = jax.random.wrap_key_data(np.array([0, params.seed & 0xFFFFFFFF], np.uint32), impl=PRNG)
+    words = jax.device_put(np.array([0, params.seed & 0xFFFFFFFF], np.uint32))
+    key = jax.random.wrap_key_data(words, impl=PRNG)
     return SamplingValues(key, *jax.device_put(numbers))
 
 

@@ -142,6 +142,10 @@ class Sizes:
             # kept once more, with keys and values of each head; in the backward pass, their cotangents.
             norms *= most_segments(self.time, self.spec.head_dim)
             return norms + self.bytes_of(4 * heads + 2 * self.widths["key"]), norms + self.bytes_of(2 * heads)
+        if self.attention == "triton":
+            # The gradients of keys and values for each head of the queries, before a group's are summed.
+            grouped = self.spec.num_heads > self.spec.num_kv_heads
+            return norms, norms + (2 * FLOAT32 * self.tokens * self.sequence * heads if grouped else 0.0)
         if self.attention != "chunked":
             return norms, norms
         # Its result in blocks; in the backward pass the cotangent likewise, the sum of the queries', and a block's

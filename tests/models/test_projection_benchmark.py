@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 
 import jax
 import jax.extend.core
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
+from tests.jaxprs import product_flops
 
 
 @pytest.fixture
@@ -60,23 +60,9 @@ def test_the_sides_agree(benchmark, monkeypatch, tied):
     for backward, count in ((False, 1), (True, 4)):
         for name in ("jaxrft", "matmuls", "whole matmuls"):
             trace = jax.make_jaxpr(sides.functions(tied, backward)[name])(*arguments)
-            assert products(trace.jaxpr) == count * 2 * 6 * 16 * 300, name
+            assert product_flops(trace.jaxpr) == count * 2 * 6 * 16 * 300, name
     d_hidden, d_kernel = functions["matmuls"](*arguments)[-1][0]
     d_logits = jnp.broadcast_to(arguments[4][0][:, None], (6, 300))
     kernel = arguments[1] if tied else arguments[1].T
     np.testing.assert_allclose(d_hidden, d_logits @ kernel, atol=1e-4)
     np.testing.assert_allclose(d_kernel if tied else d_kernel.T, d_logits.T @ arguments[0], atol=1e-4)
-
-
-def products(jaxpr, times=1):
-    """FLOPs of all matrix products of a program."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += times * 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            total += products(inner, times * rounds)
-    return total

@@ -14,6 +14,7 @@ from jaxrft.models.elementwise import rms_norm, swiglu
 from jaxrft.models.logprobs import token_logprobs
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.models.stack import TENSOR_NAMES, Remat
+from tests.jaxprs import count
 
 SPEC = DecoderSpec(
     vocab_size=31,
@@ -69,20 +70,10 @@ def differentiated(remat, scan, dtype=jnp.float32):
 def test_gradients_are_those_of_unrolled_layers_that_keep_all(way):
     value, gradients, _ = differentiated(*WAYS[way])
     expected_value, expected, _ = differentiated(Remat(), False)
-    assert value == pytest.approx(expected_value, rel=1e-6)
+    # Terms of both signs: how CPUs round products differs, and by more than a float's last bits.
+    assert value == pytest.approx(expected_value, rel=1e-5)
     for got, wanted in zip(gradients, expected, strict=True):
         assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
-
-
-def count(jaxpr, primitive):
-    """Occurrences of a primitive, in inner programs too; a loop's body counts once."""
-    total = 0
-    for equation in jaxpr.eqns:
-        total += equation.primitive.name == primitive
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            total += count(inner, primitive) if hasattr(inner, "eqns") else 0
-    return total
 
 
 def test_the_policies_are_in_the_program():

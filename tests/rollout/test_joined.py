@@ -15,6 +15,7 @@ from jaxrft.models import decoder
 from jaxrft.models.attention import cached
 from jaxrft.rollout import NativeEngine, SamplingParams, programs
 from jaxrft.rollout.programs import Programs
+from tests.jaxprs import count
 from tests.rollout.tiny import EOS, random_model, random_requests, tokens_of
 
 # Two whole chunks behind the first token.
@@ -68,17 +69,9 @@ def test_products_of_a_layer() -> None:
         made = Programs(graphdef, treedef, None, joins=joins)
         own = made.cast(tuple(leaves), jnp.dtype("float32"))
         trace = jax.make_jaxpr(made._prefill_impl)(own, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32))
-        names = [equation.primitive.name for equation in every(trace.jaxpr)]
-        counts[joins] = names.count("dot_general")
+        counts[joins] = count(trace.jaxpr, "dot_general")
     # Of two layers, their attention's own two products each, and the output projection.
     assert counts == {False: 2 * (7 + 2) + 1, True: 2 * (4 + 2) + 1}
-
-
-def every(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from every(inner)
 
 
 def test_each_way_to_read_caches_gives_the_same_completions(monkeypatch) -> None:

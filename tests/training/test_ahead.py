@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrft import RLTrainer
-from jaxrft.tracking import read_metrics
 from jaxrft.parallel.ahead import Ahead
+from jaxrft.tracking import read_metrics
 from tests.training.learners import learner_of, make_model, make_samples, update
 from tests.training.tiny import MODEL, SCRATCH, tiny_config
 

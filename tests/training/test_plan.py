@@ -14,13 +14,17 @@ from jaxrft import RLTrainer
 from jaxrft.config import ConfigError
 from jaxrft.config.parse import from_dict, to_dict
 from jaxrft.models import Decoder
+from jaxrft.models.attention import causal_mask
+from jaxrft.models.attention.triton import attend_triton
 from jaxrft.models.joined import JoinedKernel
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, make_mesh
 from jaxrft.rollout import NativeEngine
 from jaxrft.rollout.programs import Programs
 from jaxrft.training import plan as planning
+from jaxrft.training.memory_sizes import Sizes
 from jaxrft.training.plan import GIB, MIB, Plan, check_plan, make_plan, usable_bytes
+from tests.jaxprs import equations
 from tests.training.compiled import step_bytes
 from tests.training.tiny import ROWS, SCRATCH, digits, tiny_config
 
@@ -45,6 +49,13 @@ def spec_of(width=256, layers=3, heads=4, vocab=1000, inner=3, tie=True):
 def config_of(rows=8, length=256, parts=1, **values):
     half = {"max_prompt_length": length // 2, "max_completion_length": length // 2, "num_generations": 1}
     return from_dict(half | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts} | values)
+
+
+def sizes_of(spec, rows, length):
+    """What is counted of packed rows by Triton's kernel on a GPU."""
+    model = {"dtype": "bfloat16", "attention": "triton"}
+    config = config_of(rows=rows, length=length, model=model, batching={"pack": True})
+    return Sizes(config, spec, Layout(make_mesh(), config.parallel.chosen_strategy), "none", "gpu")
 
 
 def plan_of(config, spec, limit=None, reference=False, platform="gpu", **options):
@@ -237,6 +248,22 @@ def test_packed_rows_by_cudnn():
     assert gap == pytest.approx(tokens * layers * (segments + again))
     # Of what has a name, nothing more.
     assert kept("cudnn", remat="save") <= kept("triton", remat="save")
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_what_tritons_gradient_holds(kv_heads):
+    """Of keys and values for each head of the queries, where several share one: what its kernels put out."""
+    spec = dataclasses.replace(spec_of(), num_kv_heads=kv_heads)
+    sizes = sizes_of(spec, 1, 1024)
+    shapes = [(1, 1024, 4, 64), *[(1, kv_heads, 1024, 64)] * 2]
+    arrays = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
+    loss = lambda *a: attend_triton(*a, causal_mask(1024), interpret=True).astype(jnp.float32).sum()  # noqa: E731
+    trace = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+    made = [out.aval for eqn, _ in equations(trace.jaxpr) if eqn.primitive.name == "pallas_call" for out in eqn.outvars]
+    parts = sum(a.size * 4 for a in made if a.dtype == jnp.float32 and a.ndim == 4)
+    kept, held = sizes.blocked_attention
+    assert held - kept == parts
+    assert (parts > 0) == (kv_heads < 4)
 
 
 def test_types():

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxrft import models
 from jaxrft.training.batch import Sample
 from tests.conftest import ROOT
+from tests.jaxprs import equations, product_flops
 
 
 @pytest.fixture
@@ -94,31 +95,9 @@ def test_no_loop_goes_over_tokens(benchmark):
     trace = jax.make_jaxpr(ours.learner._step._function)(
         ours.learner.state, ours.batch, benchmark("step_ours").UNBOUNDED, ours.kl_coef
     )
-    turns = list(loop_turns(trace.jaxpr))
+    turns = [e.params["length"] for e, _ in equations(trace.jaxpr) if e.primitive.name == "scan"]
     assert turns
     assert max(turns) <= length // 16
-
-
-def loop_turns(jaxpr):
-    """Turns of every loop whose number is known."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            yield equation.params["length"]
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from loop_turns(inner)
-
-
-def product_flops(jaxpr):
-    """Of all matrix products in a traced program."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            total += product_flops(inner)
-    return total
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,4 +1,4 @@
-"""Attention of each slot's newest token to its cache in blocks of keys, of which those that no slot has are left out."""
+"""Attention of each slot's newest token to its cache, in blocks of keys: those that no slot has are left out."""
 
 from __future__ import annotations
 
