@@ -56,9 +56,9 @@ class Ahead:
         """Programs that were compiled when they were called for."""
         return self._function._cache_size()
 
-    def lower(self, *arguments: Any) -> Any:
+    def lower(self, *arguments: Any, **statics: Any) -> Any:
         """The function's program for arguments like these, not yet compiled."""
-        return self._function.lower(*arguments)
+        return self._function.lower(*arguments, **statics)
 
     def close(self) -> None:
         """Drops what has not been begun; what is being compiled ends by itself."""

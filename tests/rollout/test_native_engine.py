@@ -14,6 +14,8 @@ from flax import nnx
 
 from jaxrft.rollout import NativeEngine, Request, SamplingParams
 from jaxrft.rollout.programs import Programs
+from jaxrft.rollout.sampling import modes, sampling_values
+from jaxrft.rollout.slots import Placement
 from tests.rollout.tiny import EOS, SPEC, random_model, random_requests, tokens_of
 
 SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=18, seed=4, min_tokens=2)
@@ -182,6 +184,27 @@ def test_programs_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
         assert programs._decode.late == 0, "compiled when it was called, not while prompts were run"
         engine.generate(requests, dataclasses.replace(sampling, seed=100, temperature=0.3))
         assert engine.compilations == count
+
+
+def test_caches_are_changed_in_place() -> None:
+    """By the compiler's account: each program that changes them holds less beside them than one layer's."""
+    graphdef, params = nnx.split(random_model())
+    leaves, treedef = jax.tree.flatten(params)
+    programs = Programs(graphdef, treedef, None)
+    values, (first, mode) = sampling_values(SAMPLING, (EOS,)), modes(SAMPLING)
+    state, caches = programs.begin(leaves, values, slots=64, length=2048)
+    prompts = programs.prefill(leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32))
+    placement = Placement(*np.zeros((len(Placement._fields), 64), np.int32))
+    lowered = {
+        "admit": programs._admit.lower(state, caches, prompts, placement, values, mode=first),
+        "decode": programs._decode.lower(leaves, state, caches, np.zeros(64, bool), values, steps=4, mode=mode),
+    }
+    layer = sum(array.nbytes for array in caches[0])
+    assert len(caches) > 1
+    for name, program in lowered.items():
+        held = program.compile().memory_analysis()
+        assert held.alias_size_in_bytes >= len(caches) * layer, name
+        assert held.temp_size_in_bytes < layer, name
 
 
 def test_slots_are_shared_out_over_replicas(run_python) -> None:
