@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
         return self.final_norm(x)[jnp.arange(tokens.shape[0]), lengths - 1], caches
 
     def decode(
-        self, tokens: Int[Array, "slots"], positions: Int[Array, "slots"], caches: list[LayerCache]
+        self, tokens: Int[Array, "slots"], positions: Int[Array, "slots"], caches: list[LayerCache], window: int
     ) -> tuple[Float[Array, "slots hidden"], list[LayerCache]]:
         """One more token for each slot.
 
@@ -111,15 +111,20 @@ class Decoder(nnx.Module):
             tokens: the newest token of each slot.
             positions: where it stands: the number of tokens before it.
             caches: one a layer, of any length above ``positions``.
+            window: static; only the first ``window`` cached tokens are looked at. Above every position.
         """
         rope = rope_tables(positions[:, None], self.spec.rope, self.spec.head_dim)
-        kernel = choose_decode(self.attention, self._use(caches[0].key.shape[2], parallel.current()))
+        kernel = choose_decode(self.attention, self._use(window, parallel.current()))
         masks = {w: cache_mask(positions, w, kernel) for w in self._windows()}
         x, new = self.embed(tokens[:, None]), []
         for index, (layer, cache) in enumerate(zip(self.layers, caches)):
-            x, cache = layer.decode(x, rope, cache, positions, masks[self.spec.sliding_window(index)])
+            x, cache = layer.decode(x, rope, cache, positions, masks[self.spec.sliding_window(index)], window)
             new.append(cache)
         return self.final_norm(x)[:, 0], new
+
+    def reads_whole_caches(self, length: int) -> bool:
+        """Whether ``decode`` looks at caches of this length as far as they go, and not at what each slot has alone."""
+        return choose_decode(self.attention, self._use(length, parallel.current())) == "dense"
 
     def init_cache(self, slots: int, length: int) -> list[LayerCache]:
         """Empty caches for ``decode``."""

@@ -143,14 +143,15 @@ class Attention(nnx.Module):
         cache: LayerCache,
         positions: Int[Array, "slots"],
         mask: AttentionMask,
+        window: int,
     ) -> tuple[Float[Array, "slots 1 hidden"], LayerCache]:
-        """One new token a slot: writes it at ``positions`` and attends to it and what is cached."""
+        """One new token a slot: writes it at ``positions`` and attends to the first ``window`` cached ones."""
         query, new = self._project(x, rope)
         rows = jnp.arange(x.shape[0])
         # Each row is another: a GPU stores without asking who else writes there.
         known: dict[str, Any] = {"unique_indices": True, "mode": "promise_in_bounds"}
         cache = LayerCache(*(c.at[rows, :, positions].set(n[:, :, 0], **known) for c, n in zip(cache, new)))
-        return self._finish(attend(query, cache.key, cache.value, mask)), cache
+        return self._finish(attend(query, cache.key[:, :, :window], cache.value[:, :, :window], mask)), cache
 
     def _project(self, x: Array, rope: RopeTables) -> tuple[Array, LayerCache]:
         spec, (batch, time) = self.spec, x.shape[:2]
@@ -207,8 +208,9 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache,
         positions: Int[Array, "slots"],
         mask: AttentionMask,
+        window: int,
     ) -> tuple[Float[Array, "slots 1 hidden"], LayerCache]:
         """One new token a slot; returns the cache with it."""
-        attended, cache = self.attention.decode(self.attention_norm(x), rope, cache, positions, mask)
+        attended, cache = self.attention.decode(self.attention_norm(x), rope, cache, positions, mask, window)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache

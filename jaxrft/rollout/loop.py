@@ -11,7 +11,7 @@ import numpy as np
 from jaxrft.rollout.programs import Caches, Prefilled, Programs
 from jaxrft.rollout.records import OnFinished, SamplingParams
 from jaxrft.rollout.sampling import modes, sampling_values
-from jaxrft.rollout.scheduler import Group, Scheduler, cache_length, pad_prompts
+from jaxrft.rollout.scheduler import Group, Scheduler, cache_bucket, pad_prompts
 from jaxrft.rollout.slots import SlotState
 from jaxrft.rollout.weights import Leaf
 
@@ -25,6 +25,7 @@ class Loop:
         sampling: how to draw, with the engine's end-of-sequence tokens.
         steps: tokens that a chunk decodes.
         max_length: tokens of prompt and completion together at most.
+        grows: whether caches are as long as the longest live slot needs, else as long as any may need.
         max_prefill_tokens: prompt tokens, padding included, that are run at once.
     """
 
@@ -38,10 +39,12 @@ class Loop:
         *,
         steps: int,
         max_length: int,
+        grows: bool,
         max_prefill_tokens: int,
     ):
         self._programs, self._leaves, self._scheduler = programs, leaves, scheduler
         self._steps, self._max_length, self._max_prefill_tokens = steps, max_length, max_prefill_tokens
+        self._grows = grows
         self._values = sampling_values(sampling, eos_ids)
         self._first_mode, self._mode = modes(sampling)
         self._state: SlotState | None = None  # with the caches, from the first prompts on
@@ -68,25 +71,17 @@ class Loop:
                 if on_progress is not None:
                     on_progress(scheduler.finished, total)
 
-    def _begin(self) -> None:
-        slots, length = self._scheduler.slots, cache_length(self._max_length)
-        self._state, self._caches = self._programs.begin(self._leaves, self._values, slots=slots, length=length)
-        arrays = self._leaves, self._state, self._caches, self._scheduler.ended, self._values
-        self._programs.expect_decode(*arrays, steps=self._steps, mode=self._mode)
-
     def _admit(self) -> None:
         """Starts completions in free slots; runs their prompts, unless that was done for others of the group."""
-        if self._state is None:
-            self._begin()
         if not self._groups:
             self._groups = self._scheduler.next_prompts(self._max_prefill_tokens)
             tokens, lengths = pad_prompts(self._groups, self._max_length)
             self._prompts = self._programs.prefill(self._leaves, tokens, lengths)
         assert self._prompts is not None
-        assert self._state is not None
         placement = self._scheduler.place(self._groups)
+        state = self._fit_caches(self._scheduler.cached_after(self._steps))
         self._state, self._caches = self._programs.admit(
-            self._state, self._caches, self._prompts, placement, self._values, self._first_mode
+            state, self._caches, self._prompts, placement, self._values, self._first_mode
         )
         if not self._groups:
             self._prompts = None
@@ -96,10 +91,10 @@ class Loop:
         owner = self._scheduler.book(self._steps)
         if owner is None:
             return False
-        assert self._state is not None
+        state = self._fit_caches(self._scheduler.cached_after(0))
         self._state, self._caches, packed = self._programs.decode(
             self._leaves,
-            self._state,
+            state,
             self._caches,
             self._scheduler.ended.copy(),
             self._values,
@@ -108,3 +103,12 @@ class Loop:
         )
         self._unread.append((packed, owner))
         return True
+
+    def _fit_caches(self, length: int) -> SlotState:
+        length = cache_bucket(length if self._grows else self._max_length, self._max_length)
+        if self._state is None:
+            slots = self._scheduler.slots
+            self._state, self._caches = self._programs.begin(self._leaves, self._values, slots=slots, length=length)
+        elif self._caches[0].key.shape[2] != length:
+            self._caches = self._programs.resize(self._caches, length)
+        return self._state

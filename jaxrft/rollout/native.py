@@ -16,7 +16,7 @@ from jaxrft.rollout.loop import Loop
 from jaxrft.rollout.programs import programs_of
 from jaxrft.rollout.records import Completion, OnFinished, Request, SamplingParams
 from jaxrft.rollout.sampling import eos_ids_of, stop_token_ids
-from jaxrft.rollout.scheduler import Scheduler, power_of_two
+from jaxrft.rollout.scheduler import Scheduler, cache_bucket, power_of_two
 
 
 class NativeEngine:
@@ -27,9 +27,11 @@ class NativeEngine:
     ``quantization`` is on, each :meth:`generate` makes a copy of the matrices for itself.
 
     Each prompt is run once for all completions of its request. Then chunks of ``decode_chunk`` tokens are
-    decoded for all slots; between them the host takes out what has ended and puts in what waits. A slot's
-    cache has room for ``max_length`` tokens, so that one program decodes, which reads no more of them than slots have.
-    A completion ends with finish reason ``length`` when prompt and completion fill ``max_length``.
+    decoded for all slots; between them the host takes out what has ended and puts in what waits. A chunk
+    attends to caches that hold the longest live slot: of ``max_length`` tokens, a half, a quarter or an
+    eighth of that, but not below 64, so that few programs are compiled; on a GPU, whose kernel reads no more than a
+    slot has, always of ``max_length``. A completion ends with finish reason ``length`` when prompt and completion fill
+    ``max_length``.
 
     Args:
         model: a :class:`jaxrft.models.Decoder`.
@@ -82,6 +84,8 @@ class NativeEngine:
         self._leaves: tuple[jax.Array, ...] | None = None
         self.update_weights(params, version=0)
         self._vocab_size, self._dtype = model.spec.vocab_size, jax.numpy.dtype(model.dtype)
+        # A kernel that reads what a slot has needs no shorter caches, each of which is programs of its own.
+        self._grows = model.reads_whole_caches(cache_bucket(max_length, max_length))
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids_of(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._max_slots, self._max_length = max_slots, max_length
@@ -136,6 +140,7 @@ class NativeEngine:
                 self._eos_ids,
                 steps=self._steps,
                 max_length=self._max_length,
+                grows=self._grows,
                 max_prefill_tokens=self._max_prefill_tokens,
             ).run(on_progress, on_finished)
         finally:

@@ -1,9 +1,11 @@
 """The compiled programs of the native engine.
 
 A round of the engine is: ``prefill`` some prompts, ``admit`` them to free slots (draws each completion's
-first token, and copies the prompt's keys and values there), ``decode`` a chunk of tokens.
+first token, and copies the prompt's keys and values there), ``resize`` the caches to the bucket that the
+longest live slot needs, ``decode`` a chunk of tokens.
 
-Caches have room for the longest completion there may be: of another length, each would be programs of its own.
+The caches are as long as what is attended to, not as the longest completion there may be: a chunk reads
+no more than it must, needs no second copy of the part it reads, and holds no memory for tokens to come.
 
 Programs take the model's parameters as a flat tuple of arrays, so that a call does not walk the module's
 state in Python. Kernels may be quantised, each of which is two arrays, or joined.
@@ -27,9 +29,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrft.parallel import Layout
-from jaxrft.parallel.ahead import Ahead
 from jaxrft.rollout.sampling import Mode, SamplingValues, draw
-from jaxrft.rollout.slots import Cache, Placement, SlotState, advance, copy_rows, empty_state, place
+from jaxrft.rollout.slots import Cache, Placement, SlotState, advance, copy_rows, empty_state, place, resize
 from jaxrft.rollout.weights import Leaf, own_copy
 
 logger = logging.getLogger(__name__)
@@ -74,13 +75,12 @@ class Programs:
         self._begin = jax.jit(self._begin_impl, static_argnames=("slots", "length"))
         self._prefill = jax.jit(self._prefill_impl)
         self._admit = jax.jit(self._admit_impl, static_argnames="mode", donate_argnames=("state", "caches"))
-        self._decode = Ahead(
-            jax.jit(
-                self._decode_impl,
-                static_argnames=("steps", "mode"),
-                donate_argnames=("state", "caches"),
-                compiler_options=_decode_options(),
-            )
+        self._resize = jax.jit(self._resize_impl, static_argnames="length")
+        self._decode = jax.jit(
+            self._decode_impl,
+            static_argnames=("steps", "mode"),
+            donate_argnames=("state", "caches"),
+            compiler_options=_decode_options(),
         )
 
     def cast(self, leaves: tuple[Array, ...], dtype: Any) -> tuple[Leaf, ...]:
@@ -121,20 +121,12 @@ class Programs:
         key = ("admit", *prompts.caches[0].key.shape, *caches[0].key.shape, values.stop_ids.size, mode)
         return self._call(key, self._admit, state, caches, prompts, placement, values, mode=mode)
 
-    def expect_decode(
-        self,
-        leaves,
-        state: SlotState,
-        caches: Caches,
-        ended: Bool[np.ndarray, "slots"],
-        values: SamplingValues,
-        *,
-        steps: int,
-        mode: Mode,
-    ) -> None:
-        """Begins to compile :meth:`decode` for arguments like these in a thread, while prompts are run."""
-        if _decode_key(caches, values, steps, mode) not in self.compiled:
-            self._decode.prepare(leaves, state, caches, ended, values, steps=steps, mode=mode)
+    def resize(self, caches: Caches, length: int) -> Caches:
+        """Caches of ``length`` tokens with the same content. Consumes the list: only one layer is there twice."""
+        key = ("resize", *caches[0].key.shape, length)
+        for index, cache in enumerate(caches):
+            caches[index] = self._call(key, self._resize, cache, length=length)
+        return caches
 
     def decode(
         self,
@@ -154,7 +146,7 @@ class Programs:
             holds those that were the newest at the start), as many of log-probabilities and of sampled
             log-probabilities (their float32 bits), then tokens produced, then whether the slot is done.
         """
-        key = _decode_key(caches, values, steps, mode)
+        key = ("decode", *caches[0].key.shape, values.stop_ids.size, steps, mode)
         return self._call(key, self._decode, leaves, state, caches, ended, values, steps=steps, mode=mode)
 
     def _call(self, key: tuple[Any, ...], program: Callable[..., Any], *arguments: Any, **statics: Any) -> Any:
@@ -187,6 +179,9 @@ class Programs:
         caches = [copy_rows(cache, new, placement.row) for cache, new in zip(caches, prompts.caches)]
         return self._share_out((state, caches))
 
+    def _resize_impl(self, cache, *, length):
+        return self._share_out(resize(cache, length=length))
+
     def _prefill_impl(self, leaves, tokens, lengths):
         with self._traced():
             model = self._model(leaves)
@@ -194,8 +189,9 @@ class Programs:
             return self._share_out(Prefilled(model.logits(hidden), caches))
 
     def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
+        window = caches[0].key.shape[2]
         done = state.done | ended
-        # A slot that is done is computed along with the others: it is not to be what makes them read further.
+        # A slot that is done is computed along with the others: keep it inside the window.
         state = state._replace(done=done, positions=jnp.where(done, 0, state.positions))
         log = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps + 1, *x.shape)), state.newest)
 
@@ -208,7 +204,7 @@ class Programs:
         def one_token(carry):
             step, state, caches, log = carry
             model = self._model(leaves)
-            hidden, caches = model.decode(state.newest.tokens, state.positions, caches)
+            hidden, caches = model.decode(state.newest.tokens, state.positions, caches, window)
             drawn = draw(model.logits(hidden), state.keys, state.produced, values.temperature, values, mode)
             log = jax.tree.map(lambda rows, x: jax.lax.dynamic_update_index_in_dim(rows, x, step + 1, 0), log, drawn)
             return step + 1, advance(state, drawn, values), caches, log
@@ -231,10 +227,6 @@ class Programs:
             return layout.named(layout.activation(axes, x.shape))
 
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(sharding, tree))
-
-
-def _decode_key(caches: Caches, values: SamplingValues, steps: int, mode: Mode) -> tuple[Any, ...]:
-    return ("decode", *caches[0].key.shape, values.stop_ids.size, steps, mode)
 
 
 def joins_kernels(mesh: Mesh | None) -> bool:

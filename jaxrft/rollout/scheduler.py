@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrft.data.batching import halvings
 from jaxrft.rollout.records import Completion, FinishReason, Request, SamplingParams
 from jaxrft.rollout.slots import Placement
 from jaxrft.rollout.stopping import stop_text_end
 
 EMPTY = -1
-# Caches are of a multiple of this, as a GPU's kernel wants, and no prompt is padded to less.
-UNIT = 16
+SMALLEST_BUCKET = 16
+# Reading fewer tokens hardly pays, and each length is programs of its own.
+SMALLEST_CACHE = 64
 
 
 def power_of_two(count: int) -> int:
@@ -23,14 +25,18 @@ def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def cache_length(longest: int) -> int:
-    """Tokens that a slot's cache has room for."""
-    return longest + -longest % UNIT
+def cache_bucket(length: int, maximum: int) -> int:
+    """Tokens of a cache that holds ``length``: the maximum, its half, a quarter or an eighth, rounded up to 16.
+
+    Not below :data:`SMALLEST_CACHE`, if the maximum is not.
+    """
+    sizes = halvings(maximum, SMALLEST_BUCKET)
+    return next(size for size in sizes if size >= max(length, min(SMALLEST_CACHE, sizes[-1])))
 
 
-def prompt_bucket(length: int, longest: int) -> int:
-    """Tokens that a prompt is padded to: a power of two, at most those of a cache."""
-    return min(max(power_of_two(length), UNIT), cache_length(longest))
+def prompt_bucket(length: int, maximum: int) -> int:
+    """Tokens that a prompt is padded to: a power of two, at most those of the longest cache."""
+    return min(max(power_of_two(length), SMALLEST_BUCKET), halvings(maximum, SMALLEST_BUCKET)[-1])
 
 
 @dataclasses.dataclass
@@ -142,6 +148,11 @@ class Scheduler:
                 self.queue.popleft()
         return Placement(*fields)
 
+    def cached_after(self, steps: int) -> int:
+        """Tokens that the longest live slot has in the caches once ``steps`` more are drawn: all but the newest."""
+        cached = self._length + self._booked_after(steps) - 1
+        return int(cached[self._owner != EMPTY].max(initial=0))
+
     def book(self, steps: int) -> Int[np.ndarray, "slots"] | None:
         """Counts on a chunk of ``steps`` more tokens for every slot.
 
@@ -150,9 +161,12 @@ class Scheduler:
         """
         if not ((self._owner != EMPTY) & (self._booked < self._limit)).any():
             return None
-        # The first chunk of a completion also brings the token that its prompt gave.
-        self._booked = np.minimum(self._booked + steps + (self._booked == 0), self._limit)
+        self._booked = self._booked_after(steps)
         return self._owner.copy()
+
+    def _booked_after(self, steps: int) -> Int[np.ndarray, "slots"]:
+        # The first chunk of a completion also brings the token that its prompt gave.
+        return np.minimum(self._booked + steps + (self._booked == 0), self._limit)
 
     def take(self, packed: Int[np.ndarray, "rows slots"], owner: Int[np.ndarray, "slots"], steps: int) -> None:
         """Reads what a chunk drew: ``packed`` as the decode program returns it, ``owner`` as when it was booked."""

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxrft import algorithms as alg
 from jaxrft.config import RLConfig
 from jaxrft.parallel import Layout
-from jaxrft.parallel.ahead import Ahead
 from jaxrft.parallel.host import to_device, to_host
 from jaxrft.parallel.rules import SHARDING_AXES
+from jaxrft.training.ahead import Ahead
 from jaxrft.training.audit import Audit
 from jaxrft.training.batch import (
     Sample,

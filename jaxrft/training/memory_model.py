@@ -127,7 +127,8 @@ def rollout_items(sizes: Sizes) -> Items:
     return {
         "engine's parameters": sizes.whole.param_bytes if sizes.shares_params else 0,
         "parameters in use": _own_copy(sizes),
-        "caches": slots * longest * entry * spec.num_layers,
+        # One layer is there twice while caches grow.
+        "caches": slots * longest * entry * (spec.num_layers + 1),
         "prompts and logits": max(_prompts(sizes, entry, devices), 3 * slots * spec.vocab_size * FLOAT32),
     }
 

@@ -144,7 +144,12 @@ class Sizes:
             return norms + self.bytes_of(4 * heads + 2 * self.widths["key"]), norms + self.bytes_of(2 * heads)
         if self.attention == "triton":
             # The gradients of keys and values for each head of the queries, before a group's are summed.
-            grouped = self.spec.num_heads > self.spec.num_kv_heads
+            # With more devices than key heads to share out, these are repeated, and a group may have one head.
+            spec, tensor = self.spec, self.tensor
+            kv_heads = spec.num_kv_heads
+            if kv_heads % tensor:
+                kv_heads = tensor if tensor % kv_heads == 0 else spec.num_heads
+            grouped = spec.num_heads > kv_heads
             return norms, norms + (2 * FLOAT32 * self.tokens * self.sequence * heads if grouped else 0.0)
         if self.attention != "chunked":
             return norms, norms

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from jaxrft import parallel
 from jaxrft.models import attention
 from jaxrft.models.attention import AttentionMask, attend, cache_mask, causal_mask, choice
-from jaxrft.models.attention.cached import attend_cached
 from jaxrft.models.attention.chunked import attend_chunked
 from jaxrft.models.attention.cudnn import attend_cudnn
 from jaxrft.models.attention.dense import attend_dense
@@ -178,7 +177,7 @@ def test_bfloat16_is_as_exact_as_whole_scores(kernel):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 def test_decoding_reads_what_each_slot_has(splits, window):
     rng = np.random.default_rng(0)
     slots, heads, kv_heads, keys, head_dim = 5, 6, 2, 96, 16
@@ -191,28 +190,8 @@ def test_decoding_reads_what_each_slot_has(splits, window):
     mask = cache_mask(jnp.asarray(positions), window)
     seen = (~behind if window is None else ~behind & (positions[:, None] - place < window))[:, None]
     expected = reference(*map(np.float64, (query, key, value)), seen)
-    in_blocks = functools.partial(attend_cached, block=[96, 32, 40][splits - 1])
-    for kernel in (attend_dense, in_blocks, functools.partial(attend_triton_decode, splits=splits)):
+    for kernel in (attend_dense, functools.partial(attend_triton_decode, splits=splits)):
         np.testing.assert_allclose(jax.jit(kernel)(query, key, value, mask), expected, atol=2e-6)
-
-
-def test_a_slots_result_is_its_own_to_the_bit():
-    """However far the others' caches are read, and whatever stands behind its own end."""
-    rng = np.random.default_rng(1)
-    shapes = ((3, 1, 4, 8), *[(3, 2, 70, 8)] * 2)
-    query, key, value = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    run = jax.jit(functools.partial(attend_cached, block=16))
-    for window in (None, 9):
-        short = run(query, key, value, cache_mask(jnp.array([3, 20, 7]), window))
-        far = run(query, key, value.at[:, :, 21:].set(1e6), cache_mask(jnp.array([3, 20, 69]), window))
-        np.testing.assert_array_equal(short[:2], far[:2])
-
-
-def test_blocks_that_no_slot_has_are_not_read():
-    """The loop's blocks are those up to the longest slot's newest token: not a number there may be NaN."""
-    key = jnp.ones((2, 1, 64, 8)).at[:, :, 32:].set(jnp.nan)
-    out = attend_cached(jnp.ones((2, 1, 2, 8)), key, key, cache_mask(jnp.array([5, 31])), block=16)
-    np.testing.assert_array_equal(out, 1.0)
 
 
 def test_decoding_refuses_a_cache_that_is_no_multiple_of_16():
@@ -334,7 +313,7 @@ def test_tritons_kernels_have_tiles_for_what_they_are_chosen_for():
 def test_decoding_is_by_triton_where_it_can():
     for wanted, changes, kernel in (
         ("triton", {}, "triton_decode"), ("auto", {}, "triton_decode"), ("auto", {"keys": 24}, "dense"),
-        ("auto", {"dtype": "float32"}, "dense"), ("auto", {"platform": "cpu"}, "cached"), ("cudnn", {}, "dense"),
+        ("auto", {"dtype": "float32"}, "dense"), ("auto", {"platform": "cpu"}, "dense"), ("cudnn", {}, "dense"),
     ):  # fmt: skip
         assert choice.choose_decode(wanted, dataclasses.replace(GPU, **changes)) == kernel
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrft import RLTrainer
-from jaxrft.parallel.ahead import Ahead
 from jaxrft.tracking import read_metrics
+from jaxrft.training.ahead import Ahead
 from tests.training.learners import learner_of, make_model, make_samples, update
 from tests.training.tiny import MODEL, SCRATCH, tiny_config
 
@@ -38,14 +38,20 @@ def test_a_prepared_program_is_the_one_that_runs(caplog):
 
 
 def test_what_is_wrong_is_said_when_it_is_called():
-    @jax.jit
-    def fails(a):
-        raise RuntimeError("no such program")
+    tried = []
 
-    ahead = Ahead(fails)
+    @jax.jit
+    def fails_once(a):
+        tried.append(None)
+        if len(tried) == 1:
+            raise RuntimeError("no memory for it")
+        return a + 1
+
+    ahead = Ahead(fails_once)
     ahead.prepare(np.zeros(2))
-    with pytest.raises(RuntimeError, match="no such program"):
+    with pytest.raises(RuntimeError, match="no memory for it"):
         ahead(np.zeros(2))
+    np.testing.assert_array_equal(ahead(np.zeros(2)), 1)
     ahead.close()
 
 

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxrft import parallel
-from jaxrft.models.attention.cached import attend_cached
 from jaxrft.models.attention.chunked import attend_chunked
 from jaxrft.models.attention.cudnn import attend_cudnn
 from jaxrft.models.attention.dense import attend_dense
@@ -40,7 +39,6 @@ KERNELS: dict[str, Callable[..., Array]] = {
     "chunked": attend_chunked,
     "cudnn": attend_cudnn,
     "triton": _triton,
-    "cached": attend_cached,
     "triton_decode": _triton_decode,
 }
 

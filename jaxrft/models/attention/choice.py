@@ -87,15 +87,12 @@ def _kernels(use: Use) -> tuple[str, ...]:
 
 
 def choose_decode(wanted: str, use: Use) -> str:
-    """The implementation for a slot's newest token: Triton's where it can; else blocks of keys, or whole scores.
-
-    Blocks are a loop whose length a GPU's host would have to wait for: there scores are whole.
-    """
+    """The implementation for a slot's newest token: Triton's where it can, else whole scores."""
     kernel = "triton_decode"
     can = wanted in ("auto", "triton") and use.keys % 16 == 0 and refusal("triton", use) is None
-    if can and not (use.here and probe(kernel, use.dtype, use.head_dim, use.window)):
-        return kernel
-    return "cached" if use.platform == "cpu" else "dense"
+    if not can or (use.here and probe(kernel, use.dtype, use.head_dim, use.window)):
+        return "dense"
+    return kernel
 
 
 def refusal(kernel: str, use: Use) -> str | None:

@@ -82,8 +82,8 @@ def _bounds(low, high, most):
     return jnp.min(low, axis=0), jnp.minimum(jnp.max(high, axis=0), most)
 
 
-def zeros_like_all(shape, *like):
-    """Zeros of a shape, float32; inside shard_map different on the devices on which any of ``like`` is."""
+def _zeros(shape, *like):
+    """float32; inside shard_map different on the devices on which any of ``like`` is."""
     varying = frozenset().union(*(jax.typeof(array).mat.varying for array in like))
     return jax.lax.pcast(jnp.zeros(shape, jnp.float32), tuple(varying), to="varying")
 
@@ -107,8 +107,8 @@ def _forward(q, k, v, mask, kv_heads):
             )  # fmt: skip
             return new_peak, norm * shrink + jnp.sum(weights, axis=-1), total * shrink[..., None] + part
 
-        zeros = zeros_like_all((n, size), q, k, v, mask.first, mask.last)
-        start = (zeros + MASKED_SCORE, zeros, zeros_like_all((n, size, head_dim), q, k, v, mask.first, mask.last))
+        zeros = _zeros((n, size), q, k, v, mask.first, mask.last)
+        start = (zeros + MASKED_SCORE, zeros, _zeros((n, size, head_dim), q, k, v, mask.first, mask.last))
         peak, norm, total = jax.lax.fori_loop(low, high, add, start)
         return (total / norm[..., None]).astype(q.dtype), peak + jnp.log(norm)
 
@@ -146,11 +146,11 @@ def _attend_backward(kv_heads, residuals, d_out):
             d_k = d_k + product("nqk,nqd->nkd", d_scores, q[i])
             return d_q.at[i].add(product("nqk,nkd->nqd", d_scores, k_block)), d_k, d_v
 
-        nothing = zeros_like_all(k_block.shape, q, k, v, d_out, mask.first, mask.last)
+        nothing = _zeros(k_block.shape, q, k, v, d_out, mask.first, mask.last)
         d_q, d_k, d_v = jax.lax.fori_loop(low, high, add, (d_q, nothing, nothing))
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
-    start = zeros_like_all(q.shape, q, k, v, d_out, mask.first, mask.last)
+    start = _zeros(q.shape, q, k, v, d_out, mask.first, mask.last)
     d_q, (d_k, d_v) = jax.lax.scan(one, start, (jnp.arange(k.shape[0]), k, v, low, high))
     return d_q.astype(q.dtype), d_k, d_v, None
 
