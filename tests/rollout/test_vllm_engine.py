@@ -300,6 +300,9 @@ def test_a_run_on_a_server_that_runs_already(processes, tmp_path, monkeypatch):
             tokenizer=TOKENIZER,
         )
     assert httpx.get(f"{processes[0].url}/health").status_code == 200
+    # What a server is asked to wake it up.
+    bearer = {"Authorization": f"Bearer {processes[0].options.key}"}
+    assert httpx.get(f"{processes[0].url}/is_sleeping", headers=bearer).json() == {"is_sleeping": False}
 
 
 def test_nothing_is_left(engine, processes):

@@ -164,7 +164,8 @@ class Dispatcher:
                 outcome = ended.get(timeout=WAIT_SECONDS)
             except queue.Empty:
                 on_wait()
-                # Seen: a server that had missed an answer of its engine stood still until it was asked for anything.
+                # Seen: a server that had missed an answer of its engine stood still until it was asked for something;
+                # and another that did so for twenty minutes, though it was asked whether it was well each second.
                 for server in self._servers:
                     server.ping()
                 continue

@@ -143,9 +143,12 @@ class Server:
         self._ask("POST", "/resume", timeout=ABORT_SECONDS)
 
     def ping(self) -> None:
-        """Asks for nothing, so that the server's event loop wakes up; whether it answers is for others to find out."""
+        """Asks for nothing of use, so that the server wakes up; whether it answers is for others to find out.
+
+        The question is one for the engine's process: the server's own would leave what lies between these two as it is.
+        """
         with contextlib.suppress(httpx.TransportError):
-            self._http.get("/health", timeout=ABORT_SECONDS)
+            self._http.get("/is_sleeping", timeout=ABORT_SECONDS)
 
     def sleep(self, level: int) -> None:
         """Gives memory back: caches (1), weights too (2)."""
