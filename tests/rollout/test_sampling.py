@@ -140,6 +140,15 @@ def test_greedy_ties_go_to_the_lowest_token() -> None:
     np.testing.assert_allclose(drawn.logprobs, np.log([np.exp(4) / (np.exp(1) + 2 * np.exp(4)), 1 / 3]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("seed", [0, 11, 2**32 - 1, 2**40 + 5])
+def test_the_random_key_is_that_of_the_seed(seed) -> None:
+    """Of its low 32 bits."""
+    key = sampling_values(SamplingParams(seed=seed), ()).key
+    expected = jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl="threefry2x32")
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
+    assert key.dtype == expected.dtype
+
+
 def test_seeds(model) -> None:
     def run(seed: int, *requests: Request) -> list[list[int]]:
         with NativeEngine(model, max_slots=16, max_length=32) as engine:
