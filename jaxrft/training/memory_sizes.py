@@ -13,7 +13,7 @@ from flax import nnx
 from jaxrft.config import ConfigError, RLConfig
 from jaxrft.data.batching import halvings
 from jaxrft.models.abstract import abstract_decoder
-from jaxrft.models.attention import KERNELS
+from jaxrft.models.attention import KERNELS, aligned_kv_heads
 from jaxrft.models.attention.choice import Use, choose
 from jaxrft.models.attention.chunked import ACCELERATOR_BLOCKS, BLOCKS
 from jaxrft.models.attention.cudnn_packed import most_segments
@@ -144,12 +144,8 @@ class Sizes:
             return norms + self.bytes_of(4 * heads + 2 * self.widths["key"]), norms + self.bytes_of(2 * heads)
         if self.attention == "triton":
             # The gradients of keys and values for each head of the queries, before a group's are summed.
-            # With more devices than key heads to share out, these are repeated, and a group may have one head.
-            spec, tensor = self.spec, self.tensor
-            kv_heads = spec.num_kv_heads
-            if kv_heads % tensor:
-                kv_heads = tensor if tensor % kv_heads == 0 else spec.num_heads
-            grouped = spec.num_heads > kv_heads
+            spec = self.spec
+            grouped = spec.num_heads > aligned_kv_heads(spec.num_heads, spec.num_kv_heads, self.tensor)
             return norms, norms + (2 * FLOAT32 * self.tokens * self.sequence * heads if grouped else 0.0)
         if self.attention != "chunked":
             return norms, norms

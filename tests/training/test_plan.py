@@ -51,11 +51,12 @@ def config_of(rows=8, length=256, parts=1, **values):
     return from_dict(half | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts} | values)
 
 
-def sizes_of(spec, rows, length):
-    """What is counted of packed rows by Triton's kernel on a GPU."""
+def sizes_of(spec, rows, length, tensor=1):
+    """What is counted of packed rows by Triton's kernel on GPUs that share out the heads."""
     model = {"dtype": "bfloat16", "attention": "triton"}
     config = config_of(rows=rows, length=length, model=model, batching={"pack": True})
-    return Sizes(config, spec, Layout(make_mesh(), config.parallel.chosen_strategy), "none", "gpu")
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, tensor), make_mesh().axis_names)
+    return Sizes(config, spec, Layout(mesh, config.parallel.chosen_strategy), "none", "gpu")
 
 
 def plan_of(config, spec, limit=None, reference=False, platform="gpu", **options):
@@ -264,6 +265,10 @@ def test_what_tritons_gradient_holds(kv_heads):
     kept, held = sizes.blocked_attention
     assert held - kept == parts
     assert (parts > 0) == (kv_heads < 4)
+    # A device with one head of the queries has its key head, repeated where there are too few; one with two shares it.
+    for tensor, share in ((2, kv_heads < 4), (4, False)):
+        kept, held = sizes_of(spec, 1, 1024, tensor).blocked_attention
+        assert held - kept == (2 * 4 * 1024 * 64 * 4 / tensor if share else 0)
 
 
 def test_types():

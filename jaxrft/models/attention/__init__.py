@@ -85,6 +85,16 @@ def _attend_locally(query: Array, key: Array, value: Array, mask: AttentionMask)
 def _align_heads(x: Array, heads: int, tensor: int, queries: PartitionSpec) -> Array:
     """Keys or values with each key head where its query heads are: repeated where there are fewer than devices."""
     kv_heads = x.shape[1]
-    if queries[2] is None or kv_heads % tensor == 0:
-        return x
-    return jnp.repeat(x, (tensor if tensor % kv_heads == 0 else heads) // kv_heads, axis=1)
+    repeats = 1 if queries[2] is None else aligned_kv_heads(heads, kv_heads, tensor) // kv_heads
+    return x if repeats == 1 else jnp.repeat(x, repeats, axis=1)
+
+
+def aligned_kv_heads(heads: int, kv_heads: int, tensor: int) -> int:
+    """Key heads, once so many that ``tensor`` devices can share them out, each with the query heads that they are for.
+
+    Args:
+        heads: of the queries, a multiple of ``tensor`` and of ``kv_heads``.
+    """
+    if kv_heads % tensor == 0:
+        return kv_heads
+    return tensor if tensor % kv_heads == 0 else heads
