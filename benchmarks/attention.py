@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from columns import aligned
 from machine import describe_machine, make_report
+from torch_device import torch_device
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "numpy", "torch")
 # Heads, key heads, head size.
@@ -183,7 +184,12 @@ def prepare_torch(options, arrays) -> tuple[dict[str, Any], Any]:
         import torch
     except ImportError:
         return {"error": "torch is not installed"}, None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    import jax
+
+    try:
+        device = torch_device(jax.default_backend())
+    except RuntimeError as error:
+        return {"error": str(error)}, None
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     query, key, value, weight = (
         torch.tensor(np.asarray(a, np.float32)).to(device, getattr(torch, options.dtype)) for a in arrays

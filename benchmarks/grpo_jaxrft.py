@@ -1,4 +1,7 @@
-"""jaxrft's side of benchmarks/grpo_step.py: ``RLTrainer`` as its users call it, one cycle a turn."""
+"""jaxrft's sides of benchmarks/grpo_step.py: ``RLTrainer`` as its users call it, one cycle a turn.
+
+It generates by the native engine, or on a vLLM server of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import grpo_case
 from turns import Turns, order
 
 from jaxrft.config import ParallelConfig, RLConfig
-from jaxrft.config.rollout import RolloutConfig
+from jaxrft.config.rollout import RolloutConfig, VLLMConfig
 from jaxrft.config.rooms import ModelConfig, TrackingConfig
 from jaxrft.tracking import read_metrics
 from jaxrft.training import RLTrainer
@@ -36,7 +39,7 @@ def config_of(case: grpo_case.Case, wanted: dict[str, Any]) -> RLConfig:
         seed=0,
         model=ModelConfig(dtype=case.dtype),
         parallel=ParallelConfig(compilation_cache=wanted["cache"], memory_fraction=wanted["memory_fraction"]),
-        rollout=RolloutConfig(max_slots=case.samples),
+        rollout=rollout_of(case, wanted["vllm"]),
         tracking=TrackingConfig(progress=False),
         num_generations=case.group,
         per_device_train_batch_size=case.micro_batch,
@@ -51,6 +54,13 @@ def config_of(case: grpo_case.Case, wanted: dict[str, Any]) -> RLConfig:
         save_steps=None,
         log_completions=False,
     )
+
+
+def rollout_of(case: grpo_case.Case, vllm: str | None) -> RolloutConfig:
+    """The native engine; on a server, a share of the GPU that leaves room for the other sides."""
+    if vllm is None:
+        return RolloutConfig(max_slots=case.samples)
+    return RolloutConfig(engine="vllm", max_slots=case.samples, vllm=VLLMConfig(python=vllm, gpu_memory=0.2))
 
 
 def take_turns(trainer: RLTrainer, turns: Turns) -> None:

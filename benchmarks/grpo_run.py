@@ -8,6 +8,7 @@ import dataclasses
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,24 @@ import grpo_case
 from grpo_side import Side, SideError, make_model
 
 PEERS = ("trl", "tunix")
+VLLM_CPU_CHANNELS = 32
 
 
 def run_case(case: grpo_case.Case, options: argparse.Namespace, platform: str) -> dict[str, Any]:
     """One case's record; what fails is written with its error, and the other sides go on."""
     result: dict[str, Any] = {"case": dataclasses.asdict(case), "sides": {}}
     pythons = {"jaxrft": sys.executable} | {peer: getattr(options, peer) for peer in PEERS if getattr(options, peer)}
-    fraction = options.memory_fraction or (0.5 if platform != "cpu" and len(pythons) > 1 else None)
-    settings = {"jaxrft": {"memory_fraction": fraction}, "trl": {"param_dtype": options.trl_param_dtype}}
+    settings = settings_of(pythons, options, platform)
+    # Its trainer runs in this environment.
+    pythons |= {"jaxrft_vllm": sys.executable} if options.vllm else {}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         make_model(case, folder / "model")
         running: dict[str, Side] = {}
         for side, python in pythons.items():
             try:
-                running[side], found = start(side, python, case, folder, options.starts, settings.get(side, {}))
+                check_heads(side, case, platform)
+                running[side], found = start(side, python, case, folder, options.starts, settings[side])
                 stack.callback(running[side].close)
             except SideError as error:
                 found = {"error": str(error)}
@@ -37,6 +41,28 @@ def run_case(case: grpo_case.Case, options: argparse.Namespace, platform: str) -
         for side, steps in take_turns(running, options).items():
             result["sides"][side] |= summary(steps, case) if isinstance(steps, list) else {"error": steps}
     return result | ratios(result["sides"])
+
+
+def check_heads(side: str, case: grpo_case.Case, platform: str) -> None:
+    """Spares a server's start that fails."""
+    channels = case.model["hidden_size"] // case.model["num_attention_heads"]
+    if side == "jaxrft_vllm" and platform == "cpu" and channels < VLLM_CPU_CHANNELS:
+        raise SideError(f"vLLM on a CPU takes heads of {VLLM_CPU_CHANNELS} channels at least, not {channels}")
+
+
+def settings_of(peers: Iterable[str], options: argparse.Namespace, platform: str) -> dict[str, dict[str, Any]]:
+    """What each side's program is told beside the case."""
+    fraction = options.memory_fraction
+    if fraction is None and platform != "cpu" and (options.vllm or len(list(peers)) > 1):
+        # The peers', the second trainer's and its server's: all hold their memory while they wait.
+        fraction = 0.25 if options.vllm else 0.5
+    own = {"memory_fraction": fraction, "vllm": None}
+    return {
+        "jaxrft": own,
+        "jaxrft_vllm": own | {"vllm": options.vllm},
+        "trl": {"param_dtype": options.trl_param_dtype, "platform": platform},
+        "tunix": {"platform": platform},
+    }
 
 
 def start(
@@ -58,7 +84,8 @@ def start(
             first[kind].append({"seconds": side.seconds_to_step, "ready": side.seconds_to_ready, **compiled})
             if kind == "cold" or number < starts - 1:
                 side.close()
-    return side, {"first_step": first} | {key: answer[key] for key in ("threads", "versions") if key in answer}
+    said = {key: answer[key] for key in ("threads", "versions", "device") if key in answer}
+    return side, {"first_step": first} | said
 
 
 def take_turns(sides: dict[str, Side], options: argparse.Namespace) -> dict[str, list[dict[str, Any]] | str]:
@@ -98,9 +125,8 @@ def summary(steps: list[dict[str, Any]], case: grpo_case.Case) -> dict[str, Any]
 def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
     found = {}
     ours = sides["jaxrft"]
-    for peer in PEERS:
-        theirs = sides.get(peer, {})
-        if "seconds" in ours and "seconds" in theirs:
-            found[f"speed_over_{peer}"] = theirs["seconds"] / ours["seconds"]
-            found[f"fastest_over_{peer}"] = theirs["fastest_seconds"] / ours["fastest_seconds"]
+    for name, theirs in sides.items():
+        if name != "jaxrft" and "seconds" in ours and "seconds" in theirs:
+            found[f"speed_over_{name}"] = theirs["seconds"] / ours["seconds"]
+            found[f"fastest_over_{name}"] = theirs["fastest_seconds"] / ours["fastest_seconds"]
     return found

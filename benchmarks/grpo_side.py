@@ -28,7 +28,7 @@ class Side:
     """A trainer in a process of its own, started and ready for its first step.
 
     Args:
-        name: jaxrft, trl or tunix; its program is grpo_NAME.py.
+        name: jaxrft, jaxrft_vllm, trl or tunix; its program is grpo_NAME.py, that of both jaxrft the same.
         python: interpreter of its environment.
         case: what it runs.
         folder: with the model in ``model``; the side's files go there too.
@@ -46,15 +46,16 @@ class Side:
     def __init__(self, name: str, python: str, case: grpo_case.Case, folder: Path, cache: Path, **settings: Any):
         self.name = name
         self._log = folder / f"{name}.log"
+        program = FOLDER / f"grpo_{name.removesuffix('_vllm')}.py"
         with self._log.open("wb") as log:
             self._start = time.perf_counter()
             self._process = subprocess.Popen(
-                [python, str(FOLDER / f"grpo_{name}.py"), order_for(case, folder, cache, **settings)],
+                [python, str(program), order_for(case, folder, cache, **settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=environment(own=name == "jaxrft", cache=cache),
+                env=environment(own=name.startswith("jaxrft"), cache=cache),
             )
         self.seconds_to_step: float | None = None
         try:
@@ -110,6 +111,8 @@ def environment(own: bool, cache: Path | None = None) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in _DROPPED}
     # Threads that wait busily would take the other sides' cores.
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A server on a CPU would leave a core alone, which the other sides do not.
+    kept.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     kept |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if own:
         kept["PYTHONPATH"] = str(FOLDER.parent)

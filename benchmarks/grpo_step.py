@@ -2,10 +2,12 @@
 
     python benchmarks/grpo_step.py --output grpo_step.json
     python benchmarks/grpo_step.py --trl ~/trl/bin/python --tunix ~/tunix/bin/python --output grpo_step.json
+    python benchmarks/grpo_step.py --cases hidden256 --vllm ~/vllm/bin/python --output grpo_step.json
     python benchmarks/grpo_step.py --cases 0.5B --trl ~/trl/bin/python --repeats 3 --output grpo_step.json
 
 Every side is a process of its own, run by its own interpreter, and trains as its users would have it train: jaxrft by
-RLTrainer, TRL by GRPOTrainer with transformers' generate, tunix by GRPOLearner with its own sampler. They take turns,
+RLTrainer, TRL by GRPOTrainer with transformers' generate, tunix by GRPOLearner with its own sampler. With --vllm there
+is a second jaxrft, which generates on a vLLM server of its own and hands its weights over. They take turns,
 step by step, on the same cores: while one works, the others stand still. All start from the same random Qwen2, have the
 same prompts and reward (the share of even tokens), and do the same: GRPO's loss, no reference, one update a rollout,
 temperature 1, AdamW, clipped gradients. No completion ends early: each has all its tokens. Nothing is evaluated or
@@ -18,7 +20,7 @@ phases             median seconds of rollout, rewards, training, and of jaxrft's
 first_step         seconds from the start of a process to the end of its first step, with an empty folder of compiled
                    programs (cold) and with a full one (warm); ready: those of them before the step, for imports and the
                    model. torch compiles nothing: its starts are all warm
-speed_over_PEER    the peer's median seconds over jaxrft's; fastest_over_PEER: the same of the fastest steps, which
+speed_over_SIDE    that side's median seconds over jaxrft's; fastest_over_SIDE: the same of the fastest steps, which
                    other work on the machine disturbs least
 
 Defaults follow the platform: a CPU gets hidden256 and quarter, a GPU 0.5B.
@@ -67,13 +69,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=grpo_case.CASES)
     parser.add_argument("--trl", metavar="PYTHON", help="has TRL: run it too (scripts/peers_environment.sh makes one)")
     parser.add_argument("--tunix", metavar="PYTHON", help="has tunix: run it too")
+    parser.add_argument("--vllm", metavar="PYTHON", help="has vLLM: run jaxrft with rollouts on its server too")
     parser.add_argument("--repeats", type=int, default=9, help="timed steps of each side (default: 9)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them, the first included (default: 2)")
     parser.add_argument("--starts", type=int, default=1, help="cold and warm starts of each side (default: 1)")
     parser.add_argument(
         "--trl-param-dtype", choices=("float32", "bfloat16"), default="float32", help="jaxrft's are float32"
     )
-    parser.add_argument("--memory-fraction", type=float, help="of a GPU for jaxrft; default: 0.5 beside others")
+    parser.add_argument(
+        "--memory-fraction", type=float, help="of a GPU for jaxrft; default: 0.5 beside others, 0.25 with vLLM"
+    )
     parser.add_argument("--output", type=Path, help="file for the JSON report")
     options = parser.parse_args(argv)
     if options.repeats < 1 or options.warm_up < 1 or options.starts < 1:

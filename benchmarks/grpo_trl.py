@@ -10,6 +10,7 @@ from typing import Any
 import grpo_case
 import torch
 from datasets import Dataset
+from torch_device import torch_device
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from turns import Turns, order
@@ -33,7 +34,7 @@ def main() -> None:
     trainer._prepare_inputs = turns.timed("preparation", trainer._prepare_inputs)
     trainer._generate_single_turn = turns.timed("rollout", trainer._generate_single_turn)
     trainer._calculate_rewards = turns.timed("rewards", trainer._calculate_rewards)
-    trainer.add_callback(Waits(turns))
+    trainer.add_callback(Waits(turns, str(trainer.model.device)))
     trainer.train()
 
 
@@ -42,7 +43,7 @@ def arguments_of(case: grpo_case.Case, wanted: dict[str, Any]) -> GRPOConfig:
     return GRPOConfig(
         output_dir=wanted["output"],
         seed=0,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=torch_device(wanted["platform"]) == "cpu",
         bf16=case.dtype == "bfloat16",
         model_init_kwargs={"dtype": wanted["param_dtype"]},
         num_generations=case.group,
@@ -65,8 +66,8 @@ def arguments_of(case: grpo_case.Case, wanted: dict[str, Any]) -> GRPOConfig:
 class Waits(TrainerCallback):
     """Makes every step wait for its turn."""
 
-    def __init__(self, turns: Turns):
-        self.turns = turns
+    def __init__(self, turns: Turns, device: str):
+        self.turns, self.device = turns, device
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.turns.next(self.describe, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
@@ -77,7 +78,7 @@ class Waits(TrainerCallback):
         # All but the making of a batch: losses, gradients, the optimizer.
         phases["training"] = seconds - spent["preparation"]
         versions = {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers")}
-        return {"phases": phases, "versions": versions, "threads": torch.get_num_threads()}
+        return {"phases": phases, "versions": versions, "threads": torch.get_num_threads(), "device": self.device}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from turns import Turns, order
 def main() -> None:
     turns, wanted = Turns(), order()
     case, folder = grpo_case.read(wanted["case"]), Path(wanted["folder"])
+    if jax.default_backend() != wanted["platform"]:
+        raise RuntimeError(f"its JAX runs on {jax.default_backend()}, jaxrft's on {wanted['platform']}")
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
     # It wants such a token. Past the model's vocabulary it is never drawn.

@@ -73,16 +73,19 @@ def read(folder: Path) -> list[Event]:
 
     Raises:
         FileNotFoundError: the folder has no profile.
-        ValueError: it has none of a GPU.
+        ValueError: it has several, or none of a GPU.
     """
     from jax.profiler import ProfileData
 
     files = sorted(folder.rglob("*.xplane.pb"))
     if not files:
         raise FileNotFoundError(f"{folder}: holds no profile (*.xplane.pb)")
-    planes = [p for p in ProfileData.from_file(str(files[-1])).planes if p.name.startswith("/device:GPU:")]
+    if len(files) > 1:
+        folders = ", ".join(sorted({str(file.relative_to(folder).parent) for file in files}))
+        raise ValueError(f"{folder}: holds several profiles; name the folder of one: {folders}")
+    planes = [p for p in ProfileData.from_file(str(files[0])).planes if p.name.startswith("/device:GPU:")]
     if not planes:
-        raise ValueError(f"{files[-1]}: the profile has no GPU in it")
+        raise ValueError(f"{files[0]}: the profile has no GPU in it")
     lines = [line for line in planes[0].lines if line.name.startswith("Stream")]
     return [event_of(event) for line in lines for event in line.events]
 

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=options.folder))
         stack.callback(shutil.rmtree, folder)
         checkpoint = loading_sides.make_checkpoint(folder, int(options.gib * 2**30), options.dtype)
-        cases = measure(options, sides, folder, checkpoint["bytes"])
+        platform = machine["device"]["platform"]
+        cases = measure(options, sides, folder, checkpoint["bytes"], platform)
     report = make_report(
         "loading.py", argv, machine, options, without=("in_process",), checkpoint=checkpoint, cases=cases
     )
@@ -92,13 +93,15 @@ def worker(options: argparse.Namespace) -> Iterator[Run]:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
-def measure(options: argparse.Namespace, sides: dict[str, Run], folder: Path, size: int) -> list[dict[str, Any]]:
+def measure(
+    options: argparse.Namespace, sides: dict[str, Run], folder: Path, size: int, platform: str
+) -> list[dict[str, Any]]:
     """A case for each side and state of the page cache; ``error`` where it fails."""
     loads = {
         "raw 1": lambda: loading_sides.read_raw(folder, threads=1),
         "raw 4": lambda: loading_sides.read_raw(folder, threads=4),
         "jaxrft": lambda: sides["jaxrft"](loading_sides.load_ours, folder, options.param_dtype, options.fsdp),
-        "transformers": lambda: sides["transformers"](loading_sides.load_theirs, folder, options.param_dtype),
+        "transformers": lambda: sides["transformers"](loading_sides.load_theirs, folder, options.param_dtype, platform),
     }
     if options.no_peer:
         del loads["transformers"]

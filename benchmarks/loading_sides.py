@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch_device import torch_device
+
 BLOCK_BYTES = 2**24
 
 
@@ -137,11 +139,11 @@ def load_ours(folder: Path, param_dtype: str, fsdp: int) -> dict[str, Any]:
     return _loaded(seconds, before, final)
 
 
-def load_theirs(folder: Path, param_dtype: str) -> dict[str, Any]:
+def load_theirs(folder: Path, param_dtype: str, platform: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device(platform)
     before = _reset_peak()
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, param_dtype)).to(device)

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def make_report(
     report = {
         "command": command_line(script, argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_code(),
         **machine,
         "options": options_of(options, without=("output", *without)),
         **parts,
@@ -64,6 +66,23 @@ def make_report(
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _code() -> dict[str, Any]:
+    """The commit that ran, and how many files differed from it, results and pages aside; None outside of git."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/docs")
+    return {"commit": commit, "changed_files": None if changed is None else len(changed.splitlines())}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _shown(word: str) -> str:

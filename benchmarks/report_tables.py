@@ -80,13 +80,14 @@ def rollout(report: Report) -> str:
     sides = [name for name in NAMES if any(name in case for case in report["cases"])]
     peers = [name for name in sides if name != "jaxrft"]
     columns = ["Completions at once", "Prompt + response", *(f"{NAMES[name]}, tokens/s" for name in sides)]
-    columns += ["jaxrft, ms a step", "Over the floor"]
+    columns += ["jaxrft, ms a step", "Over the floor", "Without prefill, ms", "Over the floor"]
     columns += [head for peer in peers for head in (f"jaxrft / {NAMES[peer]}", "of the fastest")]
     rows: Rows = []
     for case in report["cases"]:
         start = [str(case["concurrency"]), f"{case['prompt_length']} + {case['response_length']}"]
         values = [case[name]["tokens_per_second"] for name in sides]
         values += [case["jaxrft"]["ms_per_step"], case.get("floor_ratio", {}).get("jaxrft")]
+        values += [case["jaxrft"].get("ms_per_decode_step"), case.get("decode_floor_ratio", {}).get("jaxrft")]
         values += [case[peer][key] / case["jaxrft"][key] for peer in peers for key in ("seconds", "fastest_seconds")]
         rows.append([*start, *map(number, values)])
     return markdown(columns, rows, text=0)

@@ -12,9 +12,11 @@ weights; it is asked as a run would ask it. Every completion has the full respon
 end-of-sequence tokens are ignored. The sides take turns at the same prompts, which are new in each
 turn, so that nobody has them in a cache, and the median of the repeats counts.
 
-A step is one token of every completion, prefill included. floor_ratio is its time over that in which
-the device could read the weights and the filled part of the caches at the speed of a plain copy,
-measured in the same process: what a step takes at least where memory is the limit, as it is on a GPU.
+A step is one token of every completion. ms_per_step has the prefill in it; ms_per_decode_step has not:
+each side is timed in each turn for a single token of every completion too, and that time is taken off.
+floor_ratio and decode_floor_ratio are these times over that in which the device could read the weights
+and the filled part of the caches at the speed of a plain copy, measured in the same process: what a step
+takes at least where memory is the limit, as it is on a GPU.
 With --fp8 the native engine runs a second time, with kernels in 8 bits; its floor is that of its own bytes.
 """
 
@@ -141,15 +143,13 @@ def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, respon
         for name, quantization in native_sides(arguments).items():
             engine = sides_of.native_engine(model, slots, length, arguments, quantization)
             engines[name] = stack.enter_context(engine)
-        sides = {name: sides_of.engine_side(engine, response_length, arguments) for name, engine in engines.items()}
-        if vllm is not None:
-            sides["vllm"] = sides_of.engine_side(vllm, response_length, arguments)
-        if peer is not None:
-            sides["transformers"] = sides_of.transformers_side(peer, response_length, arguments)
-        turns = []
+        sides, first_tokens = (all_sides(engines, vllm, peer, length, arguments) for length in (response_length, 1))
+        turns, first_turns = [], []
         for _ in range(1 + arguments.repeats):
-            prompts = rng.integers(0, model.spec.vocab_size, shape)
-            turns.append({name: timed(side, prompts) for name, side in sides.items()})
+            for times, run in ((turns, sides), (first_turns, first_tokens)):
+                # Other prompts: nobody has them in a cache.
+                prompts = rng.integers(0, model.spec.vocab_size, shape)
+                times.append({name: timed(side, prompts) for name, side in run.items()})
         if arguments.trace:
             for name in engines:
                 with profile(arguments.trace / f"{concurrency}-{prompt_length}-{response_length}-{name}"):
@@ -158,7 +158,9 @@ def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, respon
     tokens = shape[0] * arguments.group * response_length
     first, *rest = turns
     result: dict[str, Any] = {
-        name: summary([turn[name] for turn in rest], first[name], tokens, response_length) for name in sides
+        name: summary([turn[name] for turn in rest], first[name], tokens, response_length)
+        | decoding([turn[name] for turn in rest], [turn[name] for turn in first_turns[1:]], response_length)
+        for name in sides
     }
     for name, count in compilations.items():
         result[name]["compilations"] = count
@@ -167,6 +169,15 @@ def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, respon
             ratio = result[one]["tokens_per_second"] / result[other]["tokens_per_second"]
             result[f"{one}_over_{other}"] = round(ratio, 3)
     return result
+
+
+def all_sides(engines, vllm, peer, response_length: int, arguments: argparse.Namespace) -> dict[str, sides_of.Side]:
+    """All that generate, for so many tokens of each completion, by their names in the report."""
+    engines = engines | ({} if vllm is None else {"vllm": vllm})
+    sides = {name: sides_of.engine_side(engine, response_length, arguments) for name, engine in engines.items()}
+    if peer is not None:
+        sides["transformers"] = sides_of.transformers_side(peer, response_length, arguments)
+    return sides
 
 
 def floor(arguments, model, copy, measured, *, concurrency, prompt_length, response_length) -> dict[str, Any]:
@@ -186,12 +197,14 @@ def floor(arguments, model, copy, measured, *, concurrency, prompt_length, respo
     floors = {"floor": least()}
     if arguments.fp8:
         floors["floor_fp8"] = least(kernel_dtype="float8_e4m3fn")
-    ratios = {}
+    ratios: dict[str, dict[str, float]] = {"floor_ratio": {}, "decode_floor_ratio": {}}
     for name, found in measured.items():
         if isinstance(found, dict):
-            own = floors["floor_fp8" if name == "jaxrft_fp8" else "floor"]
-            ratios[name] = round(found["ms_per_step"] / own["ms_per_step"], 3)
-    return floors | {"floor_ratio": ratios}
+            own = floors["floor_fp8" if name == "jaxrft_fp8" else "floor"]["ms_per_step"]
+            ratios["floor_ratio"][name] = round(found["ms_per_step"] / own, 3)
+            if "ms_per_decode_step" in found:
+                ratios["decode_floor_ratio"][name] = round(found["ms_per_decode_step"] / own, 3)
+    return floors | ratios
 
 
 def timed(side: sides_of.Side, prompts: np.ndarray) -> float:
@@ -210,6 +223,15 @@ def summary(seconds: list[float], first: float, tokens: int, steps: int) -> dict
         "tokens_per_second": round(tokens / median, 1),
         "ms_per_step": round(1000 * median / steps, 3),
     }
+
+
+def decoding(seconds: list[float], first_tokens: list[float], steps: int) -> dict[str, float]:
+    """A step's time without prefill: what all tokens take beyond the first, waves included; nothing of one token."""
+    if steps == 1:
+        return {}
+    prefill = statistics.median(first_tokens)
+    decode = (statistics.median(seconds) - prefill) / (steps - 1)
+    return {"first_token_seconds": round(prefill, 4), "ms_per_decode_step": round(1000 * decode, 3)}
 
 
 if __name__ == "__main__":

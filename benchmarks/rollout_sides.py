@@ -10,8 +10,10 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import step_shapes
+from torch_device import torch_device
 
 from jaxrft import models
 from jaxrft.models import Decoder
@@ -60,7 +62,7 @@ def build_peer(arguments: argparse.Namespace) -> Any | None:
     else:
         config = AutoConfig.for_model(**config_fields(arguments), bos_token_id=None, eos_token_id=None)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(torch_device(jax.default_backend()))
 
 
 def engine_side(engine: Any, response_length: int, arguments: argparse.Namespace) -> Side:

@@ -35,7 +35,7 @@ def entries(suite: str) -> tuple[Entry, ...]:
 
 
 _CPU = (
-    Entry("grpo_step", "grpo_step", "--cases hidden256 quarter --starts 2", ("trl", "tunix")),
+    Entry("grpo_step", "grpo_step", "--cases hidden256 quarter --starts 2", ("trl", "tunix", "vllm")),
     Entry("train_step", "train_step", "--steps 9"),
     Entry("logprobs", "train_step", "--pass logprobs --remat none --steps 9"),
     Entry(
@@ -66,6 +66,8 @@ _FIRST = (
     Entry("grpo_step", "grpo_step", "--cases 0.5B --repeats 2", ("trl",)),
 )  # fmt: skip
 _GPU = (
+    # TRL's weights as its users with less memory have them, and rollouts on a server.
+    Entry("grpo_step_bfloat16", "grpo_step", "--cases 0.5B --repeats 2 --trl-param-dtype bfloat16", ("trl", "vllm")),
     Entry("attention_lengths", "attention"),
     Entry("projection_sizes", "projection"),
     # Twice as much work at a time where the floor is to be seen: short and long responses, one and many completions.
@@ -87,6 +89,13 @@ _GPU = (
         f"--shape 1.5B {_BF16} --concurrency 64 --prompt-length 512 2048 --response-length 128 1024 --repeats 2 "
         "--no-peer",
     ),
+    # A prompt is read once for its group.
+    Entry(
+        "rollout_groups",
+        "rollout",
+        f"--shape 1.5B {_BF16} --concurrency 256 --group 8 --prompt-length 1024 --response-length 256 --repeats 2",
+        ("vllm",),
+    ),
     Entry(
         "rollout_fp8",
         "rollout",
@@ -106,11 +115,14 @@ def _train_steps() -> Iterator[Entry]:
         # One sample a micro-batch; without rematerialisation it fits nowhere.
         long = f"--models {shape} --lengths 65536 --tokens 65536 --micro-batches 1 --remat full --batching packed"
         yield Entry(f"train_step_{shape}_65536", "train_step", f"{long} --no-peer")
-    seven = "--models 7B --dtypes bfloat16 --param-dtype bfloat16 --offload-optimizer --remat full --no-peer"
-    for length in (2048, 8192):
-        options = f"{seven} --lengths {length} --tokens 8192 --batching packed --micro-batches 1 --steps 3"
+    seven = "--models 7B --dtypes bfloat16 --param-dtype bfloat16 --no-peer"
+    step = f"{seven} --offload-optimizer --micro-batches 1 --steps 3"
+    yield Entry("train_step_7B_2048", "train_step", f"{step} --lengths 2048 --tokens 8192 --remat none full")
+    for length in (8192, 16384, 65536):
+        options = f"{step} --lengths {length} --tokens {length} --batching packed --remat full"
         yield Entry(f"train_step_7B_{length}", "train_step", options)
     yield Entry("logprobs_0.5B", "train_step", "--pass logprobs --models 0.5B --lengths 2048 16384 --remat none")
     yield Entry("logprobs_1.5B", "train_step", "--pass logprobs --models 1.5B --lengths 2048 16384 --remat none")
-    seven = "--models 7B --dtypes bfloat16 --param-dtype bfloat16 --remat none --no-peer"
-    yield Entry("logprobs_7B", "train_step", f"--pass logprobs {seven} --lengths 2048 16384 --batching packed")
+    yield Entry(
+        "logprobs_7B", "train_step", f"--pass logprobs {seven} --remat none --lengths 2048 16384 --batching packed"
+    )

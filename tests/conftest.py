@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Where several devices run something small, compiling takes most of the time. The soak's whole matrix is compiled as
+# users have it.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,15 +83,17 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a snippet of Python in a process of its own and returns what it came to.
 
     Arguments: the code; ``devices``, its number of virtual CPU devices; ``check``, whether it must
-    succeed; ``timeout`` in seconds; and environment variables by name (None removes one).
+    succeed; ``timeout`` in seconds; and environment variables by name (None removes one). With devices it is quick to
+    compile, unless XLA_FLAGS says otherwise.
     """
 
     def run(
         code: str, *, devices: int | None = None, check: bool = True, timeout: float = 300, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
-        merged = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        merged = {**os.environ, "PYTHONPATH": str(ROOT)}
         if devices is not None:
-            merged |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+            merged |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK_TO_COMPILE}
+        merged |= environment
         env = {name: value for name, value in merged.items() if value is not None}
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, env=env, check=False

@@ -6,9 +6,7 @@ from tests.algorithms.sharded import NAMES
 
 
 def test_eight_devices_are_one(run_python):
-    # Compiling takes most of the time.
-    flags = "--xla_backend_optimization_level=0"
-    done = run_python("from tests.algorithms.sharded import main; main()", devices=8, XLA_FLAGS=flags)
+    done = run_python("from tests.algorithms.sharded import main; main()", devices=8)
     report = json.loads(done.stdout.splitlines()[-1])
     wrong = {name: gap for name, gap in report["gaps"].items() if not gap < 1e-5}
     assert not wrong, wrong

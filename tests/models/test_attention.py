@@ -58,16 +58,25 @@ def random_segments(rng, batch, time, segments):
     return ids.astype(np.int32)
 
 
-def reference(query, key, value, seen):
-    """Plain float64: softmax(q k / sqrt(d)) over the keys that are seen, head by head."""
-    group = query.shape[2] // key.shape[1]
-    out = np.zeros(query.shape)
+def reference(query, key, value, weight, seen):
+    """Plain float64: softmax(q k / sqrt(d)) over the keys that are seen, head by head; and its gradients.
+
+    They are those of the sum of the result times ``weight``, by the closed form of softmax's derivative.
+    """
+    group, scale = query.shape[2] // key.shape[1], 1 / np.sqrt(query.shape[-1])
+    out, grads = np.zeros(query.shape), [np.zeros(array.shape) for array in (query, key, value)]
     for head in range(query.shape[2]):
-        scores = np.einsum("btd,bkd->btk", query[:, :, head], key[:, head // group]) / np.sqrt(query.shape[-1])
-        scores = np.where(seen, scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, :, head] = np.einsum("btk,bkd->btd", weights / weights.sum(-1, keepdims=True), value[:, head // group])
-    return out
+        q, k, v, g = query[:, :, head], key[:, head // group], value[:, head // group], weight[:, :, head]
+        scores = np.where(seen, np.einsum("btd,bkd->btk", q, k) * scale, -np.inf)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        out[:, :, head] = np.einsum("btk,bkd->btd", p, v)
+        of_p = np.einsum("btd,bkd->btk", g, v)
+        of_scores = p * (of_p - (of_p * p).sum(-1, keepdims=True)) * scale
+        grads[0][:, :, head] = np.einsum("btk,bkd->btd", of_scores, k)
+        grads[1][:, head // group] += np.einsum("btk,btd->bkd", of_scores, q)
+        grads[2][:, head // group] += np.einsum("btk,btd->bkd", p, g)
+    return out, grads
 
 
 def make_case(name, dtype=np.float32):
@@ -97,9 +106,9 @@ def test_values_and_gradients(kernel, case):
     *inputs, _ = arrays
     np.testing.assert_array_equal(np.broadcast_to(mask.visible(np.arange(seen.shape[2])), seen.shape), seen)
     out = jax.jit(KERNELS[kernel])(*inputs, mask)
-    np.testing.assert_allclose(out, reference(*map(np.float64, inputs), seen), atol=2e-6)
-    expected = gradients(attend_dense, arrays, mask)
-    for got, want in zip(gradients(KERNELS[kernel], arrays, mask), expected):
+    expected, expected_gradients = reference(*map(np.float64, arrays), seen)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for got, want in zip(gradients(KERNELS[kernel], arrays, mask), expected_gradients):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=6e-6)
 
 
@@ -189,7 +198,7 @@ def test_decoding_reads_what_each_slot_has(splits, window):
     key = jnp.where(behind[:, None, :, None], 1e4, key)
     mask = cache_mask(jnp.asarray(positions), window)
     seen = (~behind if window is None else ~behind & (positions[:, None] - place < window))[:, None]
-    expected = reference(*map(np.float64, (query, key, value)), seen)
+    expected, _ = reference(*map(np.float64, (query, key, value, query)), seen)
     for kernel in (attend_dense, functools.partial(attend_triton_decode, splits=splits)):
         np.testing.assert_allclose(jax.jit(kernel)(query, key, value, mask), expected, atol=2e-6)
 
@@ -262,9 +271,11 @@ GPU = choice.Use(platform="gpu", dtype="bfloat16", head_dim=128, keys=4096)
 def working_kernels(monkeypatch):
     """As on a GPU on which all kernels work."""
     monkeypatch.setattr(choice, "probe", lambda *arguments: None)
-    choice.choose.cache_clear()
+    for function in (choice.choose, choice.choose_decode):
+        function.cache_clear()
     yield
-    choice.choose.cache_clear()
+    for function in (choice.choose, choice.choose_decode):
+        function.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -342,6 +353,17 @@ def test_a_choice_is_logged_once(working_kernels, caplog):
             choice.choose("auto", dataclasses.replace(GPU, head_dim=80, packed=True, mixed=True))
     assert [r.getMessage().split(" for ")[0] for r in caplog.records] == ["attention: chunked"]
     assert "triton takes heads of 16, 32, 64, 128, 256 channels, not 80; cudnn does" in caplog.records[0].getMessage()
+
+
+def test_the_choice_for_decoding_is_logged_once_with_its_reason(working_kernels, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "probe", lambda kernel, *_: "gives wrong values here" if "decode" in kernel else None)
+    with caplog.at_level("INFO", logger=choice.__name__):
+        for keys in (32, 24, 32):
+            assert choice.choose_decode("auto", dataclasses.replace(GPU, keys=keys)) == "dense"
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" for ")[0] for line in said] == ["attention while decoding: dense"] * 2
+    assert said[0].endswith("; triton_decode gives wrong values here")
+    assert said[1].endswith("; triton_decode takes caches of a multiple of 16 places, not 24")
 
 
 def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch):

@@ -13,12 +13,14 @@ from flax import nnx
 
 from jaxrft.models import Decoder, ScalarModel
 from jaxrft.parallel.host import to_device, to_host
-from tests.conftest import ROOT
+from tests.conftest import QUICK_TO_COMPILE, ROOT
 from tests.parallel.updates import SPEC, STRATEGIES
 
 
-def run_module(module, *arguments, devices, timeout):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+def run_module(module, *arguments, devices, timeout, **changes):
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **changes
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", f"tests.parallel.{module}", *arguments],
         capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False,
@@ -28,7 +30,7 @@ def run_module(module, *arguments, devices, timeout):
 
 
 def test_value_networks_and_reward_models_train_alike_under_every_strategy():
-    found = run_module("scalars", devices=8, timeout=400)
+    found = run_module("scalars", devices=8, timeout=400, XLA_FLAGS=QUICK_TO_COMPILE)
     assert len(found) == len(STRATEGIES)
     for record in found:
         assert record["value"] < 1e-5, record
@@ -79,7 +81,7 @@ def check_lowered(records):
 
 
 def test_a_model_of_7_billion_parameters_is_compiled_for_8_devices():
-    (record,) = run_module("lowering", "8", "zero3", devices=8, timeout=400)
+    (record,) = run_module("lowering", "8", "zero3", devices=8, timeout=400, XLA_FLAGS=QUICK_TO_COMPILE)
     check_lowered([record])
     assert record["state"] == pytest.approx(12 * record["parameters"] / 8, rel=0.001)
     # One gathered layer and the projection at a time: far from the 30 GB of all parameters.

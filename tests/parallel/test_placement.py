@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrft.parallel import Layout, describe, make_mesh
 from jaxrft.parallel.mesh import MESH_AXES
 from jaxrft.parallel.rules import partition
-from tests.conftest import ROOT
+from tests.conftest import QUICK_TO_COMPILE, ROOT
 
 # Which of parameters, gradients and moments each strategy shards (ZeRO's table 1).
 SHARDED = {"ddp": "", "zero1": "m", "zero2": "mg", "zero3": "mgp", "hsdp": "mgp"}
@@ -22,7 +22,10 @@ SHARDED = {"ddp": "", "zero1": "m", "zero2": "mg", "zero3": "mgp", "hsdp": "mgp"
 
 @pytest.fixture(scope="module")
 def records():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": QUICK_TO_COMPILE,
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.placement"],
         capture_output=True, text=True, timeout=400, env=environment, cwd=ROOT, check=False,

@@ -9,14 +9,20 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import QUICK_TO_COMPILE, ROOT
 from tests.parallel import updates
 
 LIMIT = 1e-5
 
 
-def records(which, timeout):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "16", "PYTHONPATH": str(ROOT)}
+def records(which, timeout, **changes):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "16",
+        "PYTHONPATH": str(ROOT),
+        **changes,
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.updates", which],
         capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False,
@@ -58,7 +64,7 @@ def test_the_fast_cases_hold_every_pair():
 
 
 def test_updates_equal_those_of_one_device():
-    found = records("fast", 500)
+    found = records("fast", 500, XLA_FLAGS=QUICK_TO_COMPILE)
     assert len(found) == 15
     assert not too_far(found)
 

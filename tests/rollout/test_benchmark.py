@@ -37,7 +37,13 @@ def test_benchmark_writes_its_report(run) -> None:
     assert written["device"]["platform"] == "cpu"
     assert [case["response_length"] for case in written["cases"]] == [2, 5]
     for case in written["cases"]:
-        assert case["jaxrft"]["tokens_per_second"] > 0
+        ours, steps = case["jaxrft"], case["response_length"]
+        assert ours["tokens_per_second"] > 0
+        # Milliseconds of all steps but the first, whose seconds have the prefill.
+        decoding = 1000 * (ours["seconds"] - ours["first_token_seconds"]) / (steps - 1)
+        assert ours["ms_per_decode_step"] == pytest.approx(decoding, abs=0.1)
+        floor = case["floor"]["ms_per_step"]
+        assert case["decode_floor_ratio"]["jaxrft"] == pytest.approx(ours["ms_per_decode_step"] / floor, rel=1e-2)
 
 
 @pytest.mark.soak

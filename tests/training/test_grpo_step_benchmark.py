@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 TRL = os.environ.get("JAXRFT_TEST_TRL")
+VLLM = os.environ.get("JAXRFT_TEST_VLLM")
 
 
 @pytest.fixture
@@ -25,14 +26,16 @@ def test_report_is_complete_and_consistent(benchmark, tmp_path, capsys):
     # A peer that cannot start is written down with the end of its log, and the others go on.
     ends.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
     ends.chmod(0o755)
-    options = f"--cases tiny --repeats 2 --tunix {ends} --output {output}"
+    options = f"--cases tiny --repeats 2 --tunix {ends} --vllm {ends} --output {output}"
     benchmark("grpo_step").main(options.split())
     report = json.loads(output.read_text())
-    assert report["command"].startswith("python benchmarks/grpo_step.py --cases tiny --repeats 2 --tunix PYTHON")
+    command = "python benchmarks/grpo_step.py --cases tiny --repeats 2 --tunix PYTHON --vllm PYTHON"
+    assert report["command"].startswith(command)
     assert {"date", "device", "host", "versions", "options"} <= set(report)
     assert str(tmp_path) not in output.read_text()
     [case] = report["cases"]
     assert case["sides"]["tunix"]["error"] == "tunix ended with 3: no such module"
+    assert case["sides"]["jaxrft_vllm"]["error"] == "vLLM on a CPU takes heads of 32 channels at least, not 8"
     assert "speed_over_tunix" not in case
     ours = case["sides"]["jaxrft"]
     assert len(ours["step_seconds"]) == 2
@@ -72,3 +75,17 @@ def test_trl_takes_its_turns(benchmark, tmp_path):
     assert theirs["first_step"]["cold"] == []
     ours = case["sides"]["jaxrft"]
     assert case["speed_over_trl"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(VLLM is None, reason="JAXRFT_TEST_VLLM names no Python that has vLLM")
+@pytest.mark.timeout(1200)
+def test_rollouts_on_a_server_take_their_turns(benchmark):
+    """The same step as with the native engine, with weights that go over to a server in it."""
+    report = benchmark("grpo_step").main(f"--cases hidden256 --repeats 1 --vllm {VLLM}".split())
+    assert "--vllm PYTHON" in report["command"]
+    [case] = report["cases"]
+    native, server = (case["sides"][name] for name in ("jaxrft", "jaxrft_vllm"))
+    assert server["phases"].keys() == native["phases"].keys()
+    assert server["phases"]["weights"] > native["phases"]["weights"]
+    assert case["speed_over_jaxrft_vllm"] == pytest.approx(server["seconds"] / native["seconds"])

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxrft import models
 from jaxrft.training.batch import Sample
 from tests.conftest import ROOT
-from tests.jaxprs import equations, product_flops
+from tests.jaxprs import count, equations, product_flops
 
 
 @pytest.fixture
@@ -95,9 +95,15 @@ def test_no_loop_goes_over_tokens(benchmark):
     trace = jax.make_jaxpr(ours.learner._step._function)(
         ours.learner.state, ours.batch, benchmark("step_ours").UNBOUNDED, ours.kl_coef
     )
-    turns = [e.params["length"] for e, _ in equations(trace.jaxpr) if e.primitive.name == "scan"]
+    found = [equation for equation, _ in equations(trace.jaxpr)]
+    turns = [e.params["length"] for e in found if e.primitive.name == "scan"]
     assert turns
     assert max(turns) <= length // 16
+    # Loops of unknown length, at each of whose turns a GPU's host waits, are over micro-batches and attention's blocks.
+    loops = [e.params["body_jaxpr"] for e in found if e.primitive.name == "while"]
+    assert loops
+    assert all(count(body, "dot_general") for body in loops)
+    assert not any("callback" in e.primitive.name for e in found)
 
 
 @pytest.mark.parametrize("packed", [False, True])

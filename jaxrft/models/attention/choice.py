@@ -86,13 +86,23 @@ def _kernels(use: Use) -> tuple[str, ...]:
     return ("triton", "cudnn") if use.packed else ("cudnn", "triton")
 
 
+@functools.lru_cache(maxsize=256)
 def choose_decode(wanted: str, use: Use) -> str:
-    """The implementation for a slot's newest token: Triton's where it can, else whole scores."""
+    """The implementation for a slot's newest token: Triton's where it can, else whole scores. Logged once a use."""
     kernel = "triton_decode"
-    can = wanted in ("auto", "triton") and use.keys % 16 == 0 and refusal("triton", use) is None
-    if not can or (use.here and probe(kernel, use.dtype, use.head_dim, use.window)):
-        return "dense"
-    return kernel
+    asked = wanted in ("auto", "triton")
+    reason = _decode_refusal(kernel, use) if asked else f"was not asked for, but {wanted}"
+    found = kernel if reason is None else "dense"
+    logger.info("attention while decoding: %s for %s%s", found, use, "" if reason is None else f"; {kernel} {reason}")
+    return found
+
+
+def _decode_refusal(kernel: str, use: Use) -> str | None:
+    if reason := refusal("triton", use):
+        return reason
+    if use.keys % 16:
+        return f"takes caches of a multiple of 16 places, not {use.keys}"
+    return probe(kernel, use.dtype, use.head_dim, use.window) if use.here else None
 
 
 def refusal(kernel: str, use: Use) -> str | None:
