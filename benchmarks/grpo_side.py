@@ -109,8 +109,6 @@ def order_for(case: grpo_case.Case, folder: Path, cache: Path, **settings: Any) 
 def environment(own: bool, cache: Path | None = None) -> dict[str, str]:
     """Variables of a side's process; ``own``: it runs in this environment."""
     kept = {name: value for name, value in os.environ.items() if name not in _DROPPED}
-    # Threads that wait busily would take the other sides' cores.
-    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A server on a CPU would leave a core alone, which the other sides do not.
     kept.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     kept |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
