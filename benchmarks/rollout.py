@@ -53,8 +53,6 @@ RATIOS = (("jaxrft", "transformers"), ("jaxrft", "vllm"), ("vllm", "transformers
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parse_arguments(argv)
-    # Threads that wait busily would take the other sides' cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.vllm:
         # The server needs memory of the same GPU. On a CPU it would leave a core alone, which the others do not.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -183,8 +183,6 @@ def prepare(virtual_devices: int | None, compilation_cache: str | None) -> None:
     from jaxrft.config import ParallelConfig, environment
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # Threads that wait busily make torch many times slower as soon as anything else runs on the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.apply(ParallelConfig(virtual_devices=virtual_devices, compilation_cache=compilation_cache))
 
 
