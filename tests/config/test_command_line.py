@@ -129,7 +129,7 @@ def test_help_is_quick(run_python):
     printed, _, found = run_python(code).stdout.rpartition("loaded:")
     assert "rollout.max_slots = 64" in printed
     foreign = {name for name in found.split() if not name.startswith("_")} - sys.stdlib_module_names
-    # The last is of YAML's parser in C, as is what begins with a line.
+    # The last is of YAML's parser in C, as is what begins with an underscore.
     assert foreign <= {"jaxrft", "yaml", "cython_runtime"}
 
 
