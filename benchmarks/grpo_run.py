@@ -8,7 +8,7 @@ import dataclasses
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ def run_case(case: grpo_case.Case, options: argparse.Namespace, platform: str) -
     """One case's record; what fails is written with its error, and the other sides go on."""
     result: dict[str, Any] = {"case": dataclasses.asdict(case), "sides": {}}
     pythons = {"jaxrft": sys.executable} | {peer: getattr(options, peer) for peer in PEERS if getattr(options, peer)}
-    settings = settings_of(pythons, options, platform)
     # Its trainer runs in this environment.
     pythons |= {"jaxrft_vllm": sys.executable} if options.vllm else {}
+    settings = settings_of(pythons, options, platform)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         make_model(case, folder / "model")
@@ -50,12 +50,12 @@ def check_heads(side: str, case: grpo_case.Case, platform: str) -> None:
         raise SideError(f"vLLM on a CPU takes heads of {VLLM_CPU_CHANNELS} channels at least, not {channels}")
 
 
-def settings_of(peers: Iterable[str], options: argparse.Namespace, platform: str) -> dict[str, dict[str, Any]]:
+def settings_of(sides: Collection[str], options: argparse.Namespace, platform: str) -> dict[str, dict[str, Any]]:
     """What each side's program is told beside the case."""
     fraction = options.memory_fraction
-    if fraction is None and platform != "cpu" and (options.vllm or len(list(peers)) > 1):
+    if fraction is None and platform != "cpu" and len(sides) > 1:
         # The peers', the second trainer's and its server's: all hold their memory while they wait.
-        fraction = 0.25 if options.vllm else 0.5
+        fraction = 0.25 if "jaxrft_vllm" in sides else 0.5
     own = {"memory_fraction": fraction, "vllm": None}
     return {
         "jaxrft": own,

@@ -75,8 +75,10 @@ def render(page: str, options: argparse.Namespace) -> str:
 
 
 def reports_of(name: str, folder: Path) -> list[Path]:
-    """A section's reports: the CPU's, the GPU's, and those of the parts that a GPU measures it in."""
-    found = [folder / f"{name}_cpu.json", folder / f"{name}_gpu.json", *sorted(folder.glob(f"{name}_*_gpu.json"))]
+    """A section's reports: the CPU's, then the GPU's; of each the whole first, then the parts that it is measured in."""
+    found = []
+    for suite in ("cpu", "gpu"):
+        found += [folder / f"{name}_{suite}.json", *sorted(folder.glob(f"{name}_*_{suite}.json"))]
     return [path for path in found if path.exists()]
 
 

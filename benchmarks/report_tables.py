@@ -80,7 +80,7 @@ def rollout(report: Report) -> str:
     sides = [name for name in NAMES if any(name in case for case in report["cases"])]
     peers = [name for name in sides if name != "jaxrft"]
     columns = ["Completions at once", "Prompt + response", *(f"{NAMES[name]}, tokens/s" for name in sides)]
-    columns += ["jaxrft, ms a step", "Over the floor", "Without prefill, ms", "Over the floor"]
+    columns += ["jaxrft, ms a step", "Over the floor", "Without prefill, ms", "That over the floor"]
     columns += [head for peer in peers for head in (f"jaxrft / {NAMES[peer]}", "of the fastest")]
     rows: Rows = []
     for case in report["cases"]:

@@ -141,7 +141,7 @@ def run_case(arguments, model, peer, vllm, *, concurrency, prompt_length, respon
         for name, quantization in native_sides(arguments).items():
             engine = sides_of.native_engine(model, slots, length, arguments, quantization)
             engines[name] = stack.enter_context(engine)
-        sides, first_tokens = (all_sides(engines, vllm, peer, length, arguments) for length in (response_length, 1))
+        sides, first_tokens = (all_sides(engines, vllm, peer, n, arguments) for n in (response_length, 1))
         turns, first_turns = [], []
         for _ in range(1 + arguments.repeats):
             for times, run in ((turns, sides), (first_turns, first_tokens)):

@@ -54,7 +54,7 @@ def test_sides_share_a_gpu(benchmark):
     assert settings_of(["jaxrft", "trl"], options, "gpu")["jaxrft"]["memory_fraction"] == 0.5
     assert settings_of(["jaxrft", "trl"], options, "cpu")["jaxrft"]["memory_fraction"] is None
     options.vllm = "/some/python"
-    both = settings_of(["jaxrft"], options, "gpu")
+    both = settings_of(["jaxrft", "jaxrft_vllm"], options, "gpu")
     assert both["jaxrft"] == {"memory_fraction": 0.25, "vllm": None}
     assert both["jaxrft_vllm"] == {"memory_fraction": 0.25, "vllm": "/some/python"}
     assert both["trl"]["platform"] == both["tunix"]["platform"] == "gpu"

@@ -97,3 +97,10 @@ def test_sides_have_rows_of_their_own():
     lines = plain({"cases": [{"size": 3, "sides": sides}]}).splitlines()
     assert lines[0] == "| side | size | peak, MiB | seconds |"
     assert lines[2:] == ["| ours | 3 | 1.00 | 2.00 |", "| theirs | failed: no |  |  |"]
+
+
+def test_reports_of_parts_stand_behind_the_whole(tmp_path):
+    names = ["a_cpu.json", "a_vllm_cpu.json", "a_gpu.json", "a_1.5B_gpu.json"]
+    for name in [*names, "b_cpu.json"]:
+        (tmp_path / name).write_text("{}")
+    assert [path.name for path in report.reports_of("a", tmp_path)] == names
