@@ -75,7 +75,7 @@ def render(page: str, options: argparse.Namespace) -> str:
 
 
 def reports_of(name: str, folder: Path) -> list[Path]:
-    """A section's reports: the CPU's, then the GPU's; of each the whole first, then the parts that it is measured in."""
+    """A section's reports: the CPU's, then the GPU's; the whole first, then the parts that it is measured in."""
     found = []
     for suite in ("cpu", "gpu"):
         found += [folder / f"{name}_{suite}.json", *sorted(folder.glob(f"{name}_*_{suite}.json"))]

@@ -186,7 +186,7 @@ def _median(values: Iterable[float]) -> float | None:
     return statistics.median(found) if found else None
 
 
-# Name of a section -> how a report of it is shown. The reports are NAME_cpu.json, NAME_gpu.json and NAME_*_gpu.json.
+# Name of a section -> how a report of it is shown. The reports are NAME_cpu.json, NAME_*_cpu.json, and so for a GPU.
 TABLES: dict[str, Callable[[Report], str]] = {
     "grpo_step": grpo_step,
     "train_step": train_step,
