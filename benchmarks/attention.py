@@ -5,7 +5,8 @@
 
 A case is one layer's attention over rows of a length: causal, with a sliding window, or packed with eight segments of
 any length, which are as many as cuDNN's program for packed rows takes at any length. The implementations take turns,
-and the median of the repeats counts. FLOPs are those of the scores that are seen: 4 x heads x head size for each, and
+and the median of the repeats counts. On a GPU each turn is ten calls, of which the last is waited for: a single one
+would be the host's time as much as the GPU's. FLOPs are those of the scores that are seen: 4 x heads x head size for each, and
 2.5 times as many more for the gradient. Beside them torch's scaled_dot_product_attention, where torch is installed
 (causal rows alone: it has no kernel for packed ones).
 With ``--tiles`` Triton's kernels run with others too, each a line of its own: three tiles, of the forward, the query
@@ -39,10 +40,13 @@ PACKAGES = ("jaxrft", "jax", "jaxlib", "numpy", "torch")
 SHAPES = {"small": (4, 2, 64), "0.5B": (14, 2, 64), "1.5B": (12, 2, 128), "7B": (28, 4, 128)}
 KERNELS = ("dense", "chunked", "cudnn", "triton")
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"shapes": ["small"], "lengths": [128, 256, 512, 1024, 2048], "dtype": "float32", "tokens": 2048},
+    "cpu": {"shapes": ["small"], "lengths": [128, 256, 512, 1024, 2048], "dtype": "float32", "tokens": 2048,
+            "calls": 1},
     "gpu": {"shapes": ["0.5B", "1.5B"], "lengths": [1024, 2048, 8192, 16384, 65536], "dtype": "bfloat16",
-            "tokens": 65536},
+            "tokens": 65536, "calls": 10},
 }  # fmt: skip
+# Forward, and with the gradient: so many calls, which are waited for.
+Side = tuple[Callable[[int], Any], Callable[[int], Any]]
 COLUMNS = ("shape", "mask", "rows", "length", "kernel", "forward ms", "with gradient ms", "TFLOP/s", "MiB", "gap")
 
 
@@ -51,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     machine = describe_machine(PACKAGES)
     for name, value in DEFAULTS.get(machine["device"]["platform"], DEFAULTS["gpu"]).items():
         if getattr(options, name) is None:
@@ -78,6 +81,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of all rows together; at least one row")
     parser.add_argument("--dense-limit", type=int, default=8192, help="longest rows of which whole scores are held")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--calls", type=int, help="of a turn, one after the other (default: 1, on a GPU 10)")
     parser.add_argument("--no-peer", action="store_true", help="do not run torch")
     parser.add_argument("--output", type=Path, help="file for the JSON report")
     return parser.parse_args(argv)
@@ -110,7 +114,7 @@ def run_case(options: argparse.Namespace, shape: str, kind: str, length: int) ->
     ]
     arrays = [jnp.asarray(rng.normal(size=size), options.dtype) for size in sizes]
     found: dict[str, Any] = {}
-    sides: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    sides: dict[str, Side] = {}
     for kernel in [*options.kernels, *(f"triton {tiles}" for tiles in options.tiles)]:
         try:
             found[kernel], sides[kernel] = prepare(options, kernel, mask, arrays, kind)
@@ -125,7 +129,7 @@ def run_case(options: argparse.Namespace, shape: str, kind: str, length: int) ->
     for _ in range(options.repeats):
         for name, functions in sides.items():
             for kept, function in zip(times[name], functions):
-                kept.append(timed(function))
+                kept.append(timed(function, options.calls))
     flops = 4 * heads * head_dim * float(np.broadcast_to(seen, (rows, length)).sum())
     for name, (forward, whole) in times.items():
         found[name] |= {
@@ -166,8 +170,8 @@ def prepare(options, kernel, mask, arrays, kind) -> tuple[dict[str, Any], Any]:
     results = jax.device_get((forward(*inputs), *gradient(weight, *inputs)))
     known = {"temporary_bytes": gradient.memory_analysis().temp_size_in_bytes, "results": results}
     return known, (
-        lambda: jax.block_until_ready(forward(*inputs)),
-        lambda: jax.block_until_ready(gradient(weight, *inputs)),
+        lambda calls: jax.block_until_ready([forward(*inputs) for _ in range(calls)]),
+        lambda calls: jax.block_until_ready([gradient(weight, *inputs) for _ in range(calls)]),
     )
 
 
@@ -200,21 +204,23 @@ def prepare_torch(options, arrays) -> tuple[dict[str, Any], Any]:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def forward() -> Any:
+    def forward(calls: int) -> None:
         with torch.no_grad():
-            attend(query, key, value)
+            for _ in range(calls):
+                attend(query, key, value)
         wait()
 
     def attend(query, key, value):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    def gradient() -> Any:
-        leaves = [a.detach().requires_grad_() for a in (query, key, value)]
-        attend(*leaves).backward(weight)
+    def gradient(calls: int) -> None:
+        for _ in range(calls):
+            leaves = [a.detach().requires_grad_() for a in (query, key, value)]
+            attend(*leaves).backward(weight)
         wait()
 
     try:
-        forward(), gradient()
+        forward(1), gradient(1)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}, None
     return {}, (forward, gradient)
@@ -230,10 +236,11 @@ def compare(found: dict[str, Any]) -> None:
             found[name]["gap"] = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
-def timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[[int], Any], calls: int) -> float:
+    """Seconds of a call, of several that are waited for together."""
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    function(calls)
+    return (time.perf_counter() - start) / calls
 
 
 def lines(case: dict[str, Any]) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """What benchmarks/projection.py times: our log-probabilities, the products that they need, and the plain formula.
 
-Each side is a function of (hidden, kernel, targets, temperature, cotangents); the kernel is [vocab, hidden] where it
-is tied.
+Each side is a function of (hidden, kernel, targets, temperature, cotangents, stand-in); the kernel is [vocab, hidden]
+where it is tied.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrft.models.logit_chunks import Reduction
+from jaxrft.models.logit_chunks import Reduction, chunk_size
 from jaxrft.models.logprobs import projected_logprobs
 from jaxrft.models.precision import matmul_precision
 
 
 def inputs(tokens: int, hidden: int, vocab: int, dtype: str, param_dtype: str, tied: bool) -> tuple[jax.Array, ...]:
-    """Random: hidden states, kernel, targets, temperature, cotangents of log-probability and entropy."""
-    keys = jax.random.split(jax.random.key(0), 5)
+    """Random: hidden states, kernel, targets, temperature, cotangents of log-probability and entropy, and what the bare
+    products have as a chunk's cotangents: a GPU multiplies numbers that are alike faster."""
+    keys = jax.random.split(jax.random.key(0), 6)
     shape = (vocab, hidden) if tied else (hidden, vocab)
     kernel = jax.jit(lambda key: (jax.random.normal(key, shape) * hidden**-0.5).astype(param_dtype))(keys[1])
     return (
@@ -29,6 +30,7 @@ def inputs(tokens: int, hidden: int, vocab: int, dtype: str, param_dtype: str, t
         jax.random.randint(keys[2], (tokens,), 0, vocab),
         jax.random.uniform(keys[3], (tokens,), minval=0.7, maxval=1.2),
         jax.random.normal(keys[4], (2, tokens)),
+        jax.random.normal(keys[5], (tokens, chunk_size(tokens, vocab)), dtype),
     )
 
 
@@ -53,11 +55,11 @@ def _naive(tied, hidden, kernel, targets, temperature):
     return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
-def _values(function, hidden, kernel, targets, temperature, cotangents):
+def _values(function, hidden, kernel, targets, temperature, cotangents, stand_in):
     return function(hidden, kernel, targets, temperature)
 
 
-def _with_gradient(function, hidden, kernel, targets, temperature, cotangents):
+def _with_gradient(function, hidden, kernel, targets, temperature, cotangents, stand_in):
     values, vjp = jax.vjp(lambda hidden, kernel: function(hidden, kernel, targets, temperature), hidden, kernel)
     return values, vjp(tuple(cotangents))
 
@@ -68,15 +70,14 @@ def _product(x, y, x_axis, y_axis):
     return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _products(how: Reduction, backward: bool, hidden, kernel, targets, temperature, cotangents):
+def _products(how: Reduction, backward: bool, hidden, kernel, targets, temperature, cotangents, stand_in):
     """The products alone, chunk by chunk as ours: logits; with gradients, logits again and two more.
 
     Gradients are float32: that of hidden states is summed over the chunks, that of the kernel is put together.
-    What takes the logits' place as their cotangent is made once.
+    The stand-in is every chunk's cotangent.
     """
     kernel, axis = kernel.astype(hidden.dtype), int(not how.transposed)
     size, starts, last = how.starts(kernel, len(hidden))
-    d_logits = jnp.broadcast_to(cotangents[0][:, None], (len(hidden), size)).astype(hidden.dtype)
 
     def logits(start, size):
         columns = how.columns(kernel, start, size)
@@ -87,7 +88,7 @@ def _products(how: Reduction, backward: bool, hidden, kernel, targets, temperatu
         d_hidden, d_kernel = gradients
         columns, seen = logits(start, size)
         # Nor that it is the same in every chunk.
-        cotangent, start = jax.lax.optimization_barrier((d_logits[:, :size], start))
+        cotangent, start = jax.lax.optimization_barrier((stand_in[:, :size], start))
         d_hidden += _product(cotangent, columns, 1, axis)
         d_columns = _product(cotangent, hidden, 0, 0) if how.transposed else _product(hidden, cotangent, 0, 0)
         return (d_hidden, jax.lax.dynamic_update_slice_in_dim(d_kernel, d_columns, start, axis)), seen
@@ -100,7 +101,7 @@ def _products(how: Reduction, backward: bool, hidden, kernel, targets, temperatu
     return results
 
 
-def _whole_products(tied: bool, backward: bool, hidden, kernel, targets, temperature, cotangents):
+def _whole_products(tied: bool, backward: bool, hidden, kernel, targets, temperature, cotangents, stand_in):
     """The products alone, each at once."""
     kernel = kernel.astype(hidden.dtype)
     results = [jax.lax.optimization_barrier(_product(hidden, kernel, 1, int(tied)))[:, 0]]

@@ -12,7 +12,7 @@ SIDES = {"jaxrft": "#3b6fb6", "trl": "#d98032", "tunix": "#4f9d69", "vllm": "#4f
 SIDES |= {"torch": "#d98032"}
 NAMES = {"trl": "TRL", "vllm": "vLLM"}
 # A change of how plots look changes what they are made from.
-STYLE = 1
+STYLE = 2
 
 
 def grpo_step(report: Report, axes_of: Callable[..., Any]) -> None:
@@ -67,7 +67,7 @@ def train_step(report: Report, axes_of: Callable[..., Any]) -> None:
         values["torch"] = [case.get("torch", {}).get("tokens_per_second", 0.0) for case in cases]
     [axis] = axes_of(1, 1, max(5.0, 1.5 * len(cases)), 3.4)
     _groups(axis, labels, values, "tokens per second (more is better)")
-    axis.set_xlabel("model, tokens of the longest sample; rematerialisation, rows (padding does not count as tokens)")
+    axis.set_xlabel("model, tokens of the longest sample; rematerialisation, rows\n(padding does not count as tokens)")
 
 
 def _rows(settings: dict[str, Any]) -> str:

@@ -56,13 +56,13 @@ def build_peer(arguments: argparse.Namespace) -> Any | None:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         return None
-    dtype = getattr(torch, arguments.dtype)
+    dtype, device = getattr(torch, arguments.dtype), torch_device(jax.default_backend())
     if arguments.model:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
-    else:
-        config = AutoConfig.for_model(**config_fields(arguments), bos_token_id=None, eos_token_id=None)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().to(torch_device(jax.default_backend()))
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval().to(device)
+    config = AutoConfig.for_model(**config_fields(arguments), bos_token_id=None, eos_token_id=None)
+    # A host takes half a minute to draw the weights of 1.5B.
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def engine_side(engine: Any, response_length: int, arguments: argparse.Namespace) -> Side:

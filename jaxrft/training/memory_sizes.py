@@ -164,6 +164,8 @@ class Sizes:
         """All that the gradient of one layer needs of its forward pass."""
         # The stream before and after attention, each with its norm, all that has a name, and the gated product.
         channels = 3 * self.spec.hidden_size + sum(self.widths.values()) + self.spec.intermediate_size / self.tensor
+        # Queries and keys before their norms.
+        channels += self.widths["query"] + self.widths["key"] if self.spec.qk_norm else 0
         # Attention's weights: float32 for the softmax's gradient, and as they enter the product.
         return self.bytes_of(channels) + self.score_bytes * (1 + self.itemsize / FLOAT32) + self.blocked_attention[0]
 

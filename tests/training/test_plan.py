@@ -76,6 +76,11 @@ COMPILED = {
     "vocabulary": (spec_of(width=128, vocab=50000, tie=False), config_of(rows=4, memory={"remat": "none"})),
     "micro-batches": (spec_of(), config_of(rows=4, parts=2, memory=SCAN | {"remat": "save"})),
     "packed": (spec_of(), config_of(rows=4, memory={"remat": "none"}, batching={"pack": True, "row_length": 512})),
+    # As Qwen3 has them: heads that are wider than the stream, and normed.
+    "normed heads": (
+        dataclasses.replace(spec_of(width=128, heads=8, inner=1), head_dim=128, qk_norm=True),
+        config_of(rows=16, length=64, memory={"remat": "none"}),
+    ),
 }
 
 
