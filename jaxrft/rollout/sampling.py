@@ -14,6 +14,8 @@ from jaxrft.rollout.records import SamplingParams
 
 # Explicit, so that completions do not depend on JAX's configured default generator.
 PRNG = "threefry2x32"
+# Tokens that are drawn from at a time. It divides the vocabularies of most models.
+BLOCK = 128
 
 
 class Mode(NamedTuple):
@@ -107,6 +109,9 @@ def draw(
         temperature: of this token; of no effect where greedy.
         values, mode: how to draw; see :class:`SamplingParams` for the order of the steps.
     """
+    # A GPU's compiler would divide at the end of the product, which for cuBLAS is one more pass over the logits. Behind
+    # the barrier each of the passes below divides what it reads.
+    logits = jax.lax.optimization_barrier(logits)
     scaled = logits if mode.greedy else logits / temperature
     kept = forbid_stops(scaled, index, values) if mode.forbid_stops else scaled
     if mode.truncate:
@@ -114,12 +119,38 @@ def draw(
     if mode.greedy:
         tokens = jnp.argmax(kept, axis=-1).astype(jnp.int32)
         return Draw(tokens, _logprob(scaled, tokens), jnp.zeros(tokens.shape, jnp.float32))
-    # Gumbel-max: the largest of log-probability plus Gumbel noise is a draw from the distribution.
-    noise = jax.vmap(lambda key, i: jax.random.gumbel(jax.random.fold_in(key, i), logits.shape[1:]))(keys, index)
-    tokens = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
-    logprobs = _logprob(scaled, tokens)
+    tokens, log_norm = categorical(kept, keys, index)
+    sampled = _chosen(kept, tokens) - log_norm
     changed = mode.truncate or mode.forbid_stops
-    return Draw(tokens, logprobs, _logprob(kept, tokens) if changed else logprobs)
+    return Draw(tokens, _logprob(scaled, tokens) if changed else sampled, sampled)
+
+
+def categorical(
+    logits: Float[Array, "rows vocab"], keys: Key[Array, "rows"], index: Int[Array, "rows"]
+) -> tuple[Int[Array, "rows"], Float[Array, "rows"]]:
+    """One draw of each row's softmax, and the log of the row's sum of exponentials.
+
+    Gumbel-max twice: the largest of log-probability plus Gumbel noise is a draw, of blocks of the vocabulary first, then
+    of the drawn block's tokens. So a row takes a number for each block and each of one block's tokens; one for each of
+    all tokens would take longer than the passes over the logits.
+
+    Args:
+        logits: float32; minus infinity for what must not be drawn, but not for all.
+        keys, index: of the randomness, as of :func:`draw`.
+    """
+    rows, vocab = logits.shape
+    size = min(BLOCK, vocab)
+    padded = jnp.pad(logits, ((0, 0), (0, -vocab % size)), constant_values=-jnp.inf)
+    blocks = padded.reshape(rows, -1, size)
+    sums, count = jax.nn.logsumexp(blocks, axis=-1), blocks.shape[1]
+
+    def noise_of(key, i):
+        return jax.random.gumbel(jax.random.fold_in(key, i), (count + size,), mode="high")
+
+    noise = jax.vmap(noise_of)(keys, index)
+    block = jnp.argmax(sums + noise[:, :count], axis=-1)
+    place = jnp.argmax(blocks[jnp.arange(rows), block] + noise[:, count:], axis=-1)
+    return (block * size + place).astype(jnp.int32), jax.nn.logsumexp(sums, axis=-1)
 
 
 def forbid_stops(
@@ -166,6 +197,9 @@ def _order_preserving_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
+def _chosen(logits: Float[Array, "rows vocab"], tokens: Int[Array, "rows"]) -> Float[Array, "rows"]:
+    return jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+
+
 def _logprob(logits: Float[Array, "rows vocab"], tokens: Int[Array, "rows"]) -> Float[Array, "rows"]:
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return _chosen(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scipy import stats
+from scipy import special, stats
 
 from jaxrft.rollout import NativeEngine, Request, SamplingParams
-from jaxrft.rollout.sampling import Mode, draw, sampling_values
+from jaxrft.rollout.sampling import BLOCK, Mode, categorical, draw, sampling_values
 from jaxrft.rollout.sampling import truncate as truncate_eagerly
 from tests.rollout.tiny import VOCAB
 
@@ -108,6 +108,25 @@ def test_chi_square_sees_a_wrong_temperature(model) -> None:
     counts = counts_of([completion.token_ids[0] for completion in completions])
     wrong = exact_distribution(next_logits(model, PROMPT), SamplingParams(temperature=0.69), 0)
     assert p_value(counts, wrong) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["flat", "steep", "gaps"])
+@pytest.mark.parametrize("vocab", [1, 2, BLOCK, BLOCK + 1, 5 * BLOCK + 60])
+def test_draws_of_several_blocks(vocab, kind) -> None:
+    """A vocabulary of one block, and of several, with a smaller last one, and with blocks that nothing is drawn from."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(size=vocab) * (4 if kind == "steep" else 0.3) + 1000
+    if kind == "gaps":
+        logits[rng.random(vocab) < 0.5] = -np.inf
+        logits[BLOCK : 3 * BLOCK] = -np.inf
+        logits[0] = 1000
+    rows = np.broadcast_to(logits.astype(np.float32), (DRAWS, vocab))
+    tokens, log_norm = jax.jit(categorical)(rows, jax.random.split(jax.random.key(3), DRAWS), np.arange(DRAWS) % 7)
+    exact = special.logsumexp(np.float32(logits).astype(np.float64))
+    np.testing.assert_allclose(log_norm, np.full(DRAWS, exact), rtol=2e-7)
+    counts = np.bincount(tokens, minlength=vocab)
+    assert len(counts) == vocab
+    assert p_value(counts, np.exp(np.float32(logits) - exact)) > 1e-3
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 50, 3000])
