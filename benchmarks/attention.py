@@ -6,9 +6,9 @@
 A case is one layer's attention over rows of a length: causal, with a sliding window, or packed with eight segments of
 any length, which are as many as cuDNN's program for packed rows takes at any length. The implementations take turns,
 and the median of the repeats counts. On a GPU each turn is ten calls, of which the last is waited for: a single one
-would be the host's time as much as the GPU's. FLOPs are those of the scores that are seen: 4 x heads x head size for each, and
-2.5 times as many more for the gradient. Beside them torch's scaled_dot_product_attention, where torch is installed
-(causal rows alone: it has no kernel for packed ones).
+would be the host's time as much as the GPU's. FLOPs are those of the scores that are seen: 4 x heads x head size for
+each, and 2.5 times as many more for the gradient. Beside them torch's scaled_dot_product_attention, where torch is
+installed (causal rows alone: it has no kernel for packed ones).
 With ``--tiles`` Triton's kernels run with others too, each a line of its own: three tiles, of the forward, the query
 gradient's and the key gradient's kernel, each of rows, step, warps and stages. On a CPU they run interpreted.
 
@@ -45,6 +45,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpu": {"shapes": ["0.5B", "1.5B"], "lengths": [1024, 2048, 8192, 16384, 65536], "dtype": "bfloat16",
             "tokens": 65536, "calls": 10},
 }  # fmt: skip
+# torch's threads spin for a while before they sleep, and would take the next side's cores.
+PAUSE = 0.25
 # Forward, and with the gradient: so many calls, which are waited for.
 Side = tuple[Callable[[int], Any], Callable[[int], Any]]
 COLUMNS = ("shape", "mask", "rows", "length", "kernel", "forward ms", "with gradient ms", "TFLOP/s", "MiB", "gap")
@@ -238,6 +240,7 @@ def compare(found: dict[str, Any]) -> None:
 
 def timed(function: Callable[[int], Any], calls: int) -> float:
     """Seconds of a call, of several that are waited for together."""
+    time.sleep(PAUSE)
     start = time.perf_counter()
     function(calls)
     return (time.perf_counter() - start) / calls

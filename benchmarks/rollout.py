@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import bandwidth
+import jax
 import numpy as np
 import rollout_sides as sides_of
 import step_shapes
@@ -206,6 +207,8 @@ def floor(arguments, model, copy, measured, *, concurrency, prompt_length, respo
 
 
 def timed(side: sides_of.Side, prompts: np.ndarray) -> float:
+    # Threads of the side before spin for a while before they sleep, and would take its cores.
+    time.sleep(0.5 if jax.default_backend() == "cpu" else 0.0)
     start = time.perf_counter()
     side(prompts)
     return time.perf_counter() - start

@@ -130,9 +130,9 @@ def categorical(
 ) -> tuple[Int[Array, "rows"], Float[Array, "rows"]]:
     """One draw of each row's softmax, and the log of the row's sum of exponentials.
 
-    Gumbel-max twice: the largest of log-probability plus Gumbel noise is a draw, of blocks of the vocabulary first, then
-    of the drawn block's tokens. So a row takes a number for each block and each of one block's tokens; one for each of
-    all tokens would take longer than the passes over the logits.
+    Gumbel-max twice: the largest of log-probability plus Gumbel noise is a draw, of blocks of the vocabulary first,
+    then of the drawn block's tokens. So a row takes a number for each block and each of one block's tokens; one for
+    each of all tokens would take longer than the passes over the logits.
 
     Args:
         logits: float32; minus infinity for what must not be drawn, but not for all.

@@ -113,7 +113,7 @@ def test_chi_square_sees_a_wrong_temperature(model) -> None:
 @pytest.mark.parametrize("kind", ["flat", "steep", "gaps"])
 @pytest.mark.parametrize("vocab", [1, 2, BLOCK, BLOCK + 1, 5 * BLOCK + 60])
 def test_draws_of_several_blocks(vocab, kind) -> None:
-    """A vocabulary of one block, and of several, with a smaller last one, and with blocks that nothing is drawn from."""
+    """A vocabulary of one block, and of several, the last one smaller, some with nothing to be drawn."""
     rng = np.random.default_rng(vocab)
     logits = rng.normal(size=vocab) * (4 if kind == "steep" else 0.3) + 1000
     if kind == "gaps":
