@@ -45,7 +45,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpu": {"shapes": ["0.5B", "1.5B"], "lengths": [1024, 2048, 8192, 16384, 65536], "dtype": "bfloat16",
             "tokens": 65536, "calls": 10},
 }  # fmt: skip
-# torch's threads spin for a while before they sleep, and would take the next side's cores.
+# Where a turn is one call, on a CPU: torch's threads spin for a while before they sleep, and would take the next side's
+# cores.
 PAUSE = 0.25
 # Forward, and with the gradient: so many calls, which are waited for.
 Side = tuple[Callable[[int], Any], Callable[[int], Any]]
@@ -240,7 +241,7 @@ def compare(found: dict[str, Any]) -> None:
 
 def timed(function: Callable[[int], Any], calls: int) -> float:
     """Seconds of a call, of several that are waited for together."""
-    time.sleep(PAUSE)
+    time.sleep(PAUSE if calls == 1 else 0.0)
     start = time.perf_counter()
     function(calls)
     return (time.perf_counter() - start) / calls

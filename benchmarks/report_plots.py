@@ -12,7 +12,7 @@ SIDES = {"jaxrft": "#3b6fb6", "trl": "#d98032", "tunix": "#4f9d69", "vllm": "#4f
 SIDES |= {"torch": "#d98032"}
 NAMES = {"trl": "TRL", "vllm": "vLLM"}
 # A change of how plots look changes what they are made from.
-STYLE = 2
+STYLE = 3
 
 
 def grpo_step(report: Report, axes_of: Callable[..., Any]) -> None:
@@ -81,7 +81,10 @@ def _groups(axis: Any, labels: list[str], values: dict[str, list[float]], what: 
         axis.bar(places, heights, width * 0.95, label=NAMES.get(name, name), color=SIDES[name])
     axis.set_xticks(range(len(labels)), labels)
     axis.set_ylabel(what)
-    axis.legend(frameon=False)
+    if len(values) > 1:
+        # Above the bars.
+        axis.set_ylim(0, 1.2 * max(map(max, values.values())))
+        axis.legend(frameon=False, ncols=len(values), loc="upper right")
 
 
 PLOTS: dict[str, Callable[..., None]] = {

@@ -34,19 +34,18 @@ def entries(suite: str) -> tuple[Entry, ...]:
     return _CPU if suite == "cpu" else (*_FIRST, *_GPU, *_train_steps())
 
 
+_ROLLOUT = (
+    "--hidden-size 512 --heads 8 --layers 8 --intermediate-size 1536 --vocab-size 8192 --concurrency 1 16 64 "
+    "--prompt-length 64 --response-length 64"
+)
 _CPU = (
     # A server of vLLM's is never quite idle on a CPU: beside it the others are slower.
     Entry("grpo_step", "grpo_step", "--cases hidden256 quarter --starts 2", ("trl", "tunix")),
     Entry("grpo_step_vllm", "grpo_step", "--cases hidden256", ("vllm",)),
     Entry("train_step", "train_step", "--steps 9"),
     Entry("logprobs", "train_step", "--pass logprobs --remat none --steps 9"),
-    Entry(
-        "rollout",
-        "rollout",
-        "--hidden-size 512 --heads 8 --layers 8 --intermediate-size 1536 --vocab-size 8192 --concurrency 1 16 64 "
-        "--prompt-length 64 --response-length 64",
-        ("vllm",),
-    ),
+    Entry("rollout", "rollout", _ROLLOUT),
+    Entry("rollout_vllm", "rollout", f"{_ROLLOUT} --no-peer", ("vllm",)),
     Entry("weight_transfer", "weight_transfer", "--sizes small 0.5B", ("vllm",)),
     Entry("attention", "attention"),
     Entry("projection", "projection"),
@@ -61,7 +60,7 @@ _PACKED = "--remat none --batching packed --steps 3 --warm-up 1"
 _FIRST = (
     Entry("train_step_1.5B_8192", "train_step", f"--models 1.5B --lengths 8192 --tokens 8192 {_PACKED}"),
     Entry("rollout_1.5B_64_256", "rollout", f"--shape 1.5B {_BF16} --concurrency 256 64 --prompt-length 128 "
-          "--response-length 256 --repeats 2"),
+          "--response-length 256 --repeats 3"),
     Entry("train_step_0.6B_16384", "train_step", f"--models 0.6B --lengths 16384 --tokens 16384 {_PACKED} --no-peer"),
     Entry("attention", "attention", "--shapes 1.5B --lengths 8192 --tokens 16384 --dense-limit 2048 --repeats 5"),
     Entry("projection", "projection", "--tokens 8192 --hidden 1536 --kernels tied"),

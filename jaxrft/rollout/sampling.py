@@ -131,8 +131,8 @@ def categorical(
     """One draw of each row's softmax, and the log of the row's sum of exponentials.
 
     Gumbel-max twice: the largest of log-probability plus Gumbel noise is a draw, of blocks of the vocabulary first,
-    then of the drawn block's tokens. So a row takes a number for each block and each of one block's tokens; one for
-    each of all tokens would take longer than the passes over the logits.
+    then of the drawn block's tokens. So a row takes a random number for each block and for each token of one; with one
+    for each of all tokens, these would take longer than the passes over the logits.
 
     Args:
         logits: float32; minus infinity for what must not be drawn, but not for all.
@@ -142,14 +142,17 @@ def categorical(
     size = min(BLOCK, vocab)
     padded = jnp.pad(logits, ((0, 0), (0, -vocab % size)), constant_values=-jnp.inf)
     blocks = padded.reshape(rows, -1, size)
-    sums, count = jax.nn.logsumexp(blocks, axis=-1), blocks.shape[1]
+    sums = jax.nn.logsumexp(blocks, axis=-1)
+    several = sums.shape[1] > 1
 
     def noise_of(key, i):
-        return jax.random.gumbel(jax.random.fold_in(key, i), (count + size,), mode="high")
+        return jax.random.gumbel(jax.random.fold_in(key, i), (size + several * sums.shape[1],))
 
     noise = jax.vmap(noise_of)(keys, index)
-    block = jnp.argmax(sums + noise[:, :count], axis=-1)
-    place = jnp.argmax(blocks[jnp.arange(rows), block] + noise[:, count:], axis=-1)
+    block = jnp.argmax(sums + noise[:, size:], axis=-1) if several else jnp.zeros(rows, jnp.int32)
+    # Not by an array of rows: where devices share out the rows, they would ask each other.
+    drawn = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place = jnp.argmax(drawn + noise[:, :size], axis=-1)
     return (block * size + place).astype(jnp.int32), jax.nn.logsumexp(sums, axis=-1)
 
 

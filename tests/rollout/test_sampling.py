@@ -129,6 +129,46 @@ def test_draws_of_several_blocks(vocab, kind) -> None:
     assert p_value(counts, np.exp(np.float32(logits) - exact)) > 1e-3
 
 
+@pytest.mark.parametrize("mode", [Mode(False, False, False), Mode(False, True, False), Mode(False, True, True)])
+def test_log_probabilities_of_several_blocks(mode) -> None:
+    """Before truncation, and of the distribution that is drawn from."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(64, 3 * BLOCK + 5)).astype(np.float32) * 3
+    params = SamplingParams(temperature=0.7, top_k=40 * mode.truncate, min_tokens=1, stop_token_ids=(7, BLOCK + 1))
+    keys, index = jax.random.split(jax.random.key(5), 64), np.zeros(64, np.int32)
+    drawn = jax.jit(draw, static_argnums=5)(
+        logits, keys, index, np.float32(params.temperature), sampling_values(params, ()), mode
+    )
+    whole = special.log_softmax(logits.astype(np.float64) / 0.7, axis=-1)
+    scaled = logits.astype(np.float64) / 0.7
+    if mode.forbid_stops:
+        scaled[:, [7, BLOCK + 1]] = -np.inf
+    if mode.truncate:
+        scaled[scaled < np.sort(scaled, axis=-1)[:, [-40]]] = -np.inf
+    rows = np.arange(64)
+    np.testing.assert_allclose(drawn.logprobs, whole[rows, drawn.tokens], atol=5e-6)
+    np.testing.assert_allclose(drawn.sampled_logprobs, special.log_softmax(scaled, -1)[rows, drawn.tokens], atol=5e-6)
+
+
+SHARED_OUT = """
+import re
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxrft.rollout.sampling import BLOCK, categorical
+
+rows = NamedSharding(jax.make_mesh((2,), ("rows",)), PartitionSpec("rows"))
+logits = np.random.default_rng(0).normal(size=(6, 4 * BLOCK)).astype(np.float32)
+arguments = logits, jax.random.split(jax.random.key(0), 6), np.arange(6)
+program = jax.jit(categorical, in_shardings=rows).lower(*arguments).compile()
+print(re.findall("all-gather|all-reduce|all-to-all|collective-permute", program.as_text()))
+print(np.array_equal(jax.jit(categorical)(*arguments)[0], program(*jax.device_put(arguments, rows))[0]))
+"""
+
+
+def test_devices_that_share_out_the_rows_do_not_ask_each_other(run_python) -> None:
+    assert run_python(SHARED_OUT, devices=2).stdout.split("\n")[:2] == ["[]", "True"]
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 50, 3000])
 def test_truncation_keeps_what_sorting_keeps(vocab) -> None:
     rng = np.random.default_rng(vocab)
