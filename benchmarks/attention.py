@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from columns import aligned
-from machine import describe_machine, make_report
+from machine import describe_machine, make_report, settle
 from torch_device import torch_device
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "numpy", "torch")
@@ -45,9 +45,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpu": {"shapes": ["0.5B", "1.5B"], "lengths": [1024, 2048, 8192, 16384, 65536], "dtype": "bfloat16",
             "tokens": 65536, "calls": 10},
 }  # fmt: skip
-# Where a turn is one call, on a CPU: torch's threads spin for a while before they sleep, and would take the next side's
-# cores.
-PAUSE = 0.25
 # Forward, and with the gradient: so many calls, which are waited for.
 Side = tuple[Callable[[int], Any], Callable[[int], Any]]
 COLUMNS = ("shape", "mask", "rows", "length", "kernel", "forward ms", "with gradient ms", "TFLOP/s", "MiB", "gap")
@@ -241,7 +238,7 @@ def compare(found: dict[str, Any]) -> None:
 
 def timed(function: Callable[[int], Any], calls: int) -> float:
     """Seconds of a call, of several that are waited for together."""
-    time.sleep(PAUSE if calls == 1 else 0.0)
+    settle()
     start = time.perf_counter()
     function(calls)
     return (time.perf_counter() - start) / calls

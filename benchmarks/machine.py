@@ -1,4 +1,4 @@
-"""What a report says of the machine and the command that it was made with."""
+"""The machine: what a report says of it and of the command, and when it is free for the next side."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ import os
 import platform
 import shlex
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+SETTLING = 0.5
+
+
+def settle() -> None:
+    """Waits on a CPU until the threads of the side before sleep: they spin for a while, on the next side's cores."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        time.sleep(SETTLING)
 
 
 def describe_machine(packages: Iterable[str]) -> dict[str, Any]:

@@ -34,13 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import bandwidth
-import jax
 import numpy as np
 import rollout_sides as sides_of
 import step_shapes
 from flax import nnx
 from kernel_times import profile
-from machine import describe_machine, make_report
+from machine import describe_machine, make_report, settle
 from vllm_peer import vllm_engine
 
 from jaxrft.models import Decoder
@@ -207,8 +206,7 @@ def floor(arguments, model, copy, measured, *, concurrency, prompt_length, respo
 
 
 def timed(side: sides_of.Side, prompts: np.ndarray) -> float:
-    # Threads of the side before spin for a while before they sleep, and would take its cores.
-    time.sleep(0.5 if jax.default_backend() == "cpu" else 0.0)
+    settle()
     start = time.perf_counter()
     side(prompts)
     return time.perf_counter() - start

@@ -143,13 +143,14 @@ def categorical(
     padded = jnp.pad(logits, ((0, 0), (0, -vocab % size)), constant_values=-jnp.inf)
     blocks = padded.reshape(rows, -1, size)
     sums = jax.nn.logsumexp(blocks, axis=-1)
-    several = sums.shape[1] > 1
+    # A single block is not drawn.
+    choices = sums.shape[1] if sums.shape[1] > 1 else 0
 
     def noise_of(key, i):
-        return jax.random.gumbel(jax.random.fold_in(key, i), (size + several * sums.shape[1],))
+        return jax.random.gumbel(jax.random.fold_in(key, i), (size + choices,))
 
     noise = jax.vmap(noise_of)(keys, index)
-    block = jnp.argmax(sums + noise[:, size:], axis=-1) if several else jnp.zeros(rows, jnp.int32)
+    block = jnp.argmax(sums + noise[:, size:], axis=-1) if choices else jnp.zeros(rows, jnp.int32)
     # Not by an array of rows: where devices share out the rows, they would ask each other.
     drawn = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     place = jnp.argmax(drawn + noise[:, :size], axis=-1)
