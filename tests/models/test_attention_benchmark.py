@@ -23,3 +23,13 @@ def test_report_has_a_line_for_each_of_the_tiles(monkeypatch, tmp_path, capsys):
         assert found[f"triton {one}"]["gap"] == pytest.approx(0.0, abs=1e-5)
         assert found[f"triton {one}"]["seconds"] > 0
     assert f"triton {tiles[0]}" in capsys.readouterr().out
+
+
+def test_a_turn_of_several_calls_is_timed_as_one_of_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    attention = importlib.import_module("attention")
+    ran, clock = [], iter([3.0, 11.0])
+    monkeypatch.setattr(attention, "settle", lambda: None)
+    monkeypatch.setattr(attention.time, "perf_counter", lambda: next(clock))
+    assert attention.timed(ran.append, 4) == 2.0
+    assert ran == [4]

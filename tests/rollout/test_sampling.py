@@ -150,6 +150,15 @@ def test_log_probabilities_of_several_blocks(mode) -> None:
     np.testing.assert_allclose(drawn.sampled_logprobs, special.log_softmax(scaled, -1)[rows, drawn.tokens], atol=5e-6)
 
 
+def test_nothing_is_put_into_the_product_that_makes_the_logits() -> None:
+    """What reads them stands behind a barrier: a compiler would have the product divide, in a pass of its own."""
+    values = sampling_values(SamplingParams(), ())
+    arguments = np.zeros((2, VOCAB), np.float32), jax.random.split(jax.random.key(0), 2), np.zeros(2, np.int32)
+    made = jax.make_jaxpr(draw, static_argnums=5)(*arguments, np.float32(1), values, Mode(False, False, False)).jaxpr
+    readers = [equation for equation in made.eqns if made.invars[0] in equation.invars]
+    assert [equation.primitive.name for equation in readers] == ["optimization_barrier"]
+
+
 SHARED_OUT = """
 import re
 import jax, numpy as np
