@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +29,38 @@ INSTANCES = 396
 SMALLEST_SPLIT = 128
 
 
+class Tile(NamedTuple):
+    """How the kernel is cut.
+
+    Attributes:
+        step: keys that an instance takes at a time: a power of two of at least 16.
+        warps: of an instance.
+        stages: blocks of keys and values that are on their way or in use at a time.
+    """
+
+    step: int
+    warps: int
+    stages: int
+
+
+def usual(head_dim: int) -> Tile:
+    return Tile(64, 4 if head_dim <= 64 else 8, 2)
+
+
 def attend_triton_decode(
     query: Float[Array, "slots 1 heads head_dim"],
     key: Float[Array, "slots kv_heads keys head_dim"],
     value: Float[Array, "slots kv_heads keys head_dim"],
     mask: AttentionMask,
     splits: int | None = None,
+    tile: Tile | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "slots 1 heads head_dim"]:
     """Grouped-query attention of one query a slot; not differentiable.
 
     Args:
         key: a multiple of 16 of them.
+        tile: None takes the usual one of the head size; of fewer keys at a time where they are no multiple of its step.
         splits: instances that share the keys of a slot; None: as many as fill the GPU.
         interpret: run the kernel without Triton; None: where there is no GPU.
 
@@ -49,8 +69,9 @@ def attend_triton_decode(
     """
     slots, _, heads, head_dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    key_block = math.gcd(keys, 64)
-    if key_block < SMALLEST_ROWS:
+    tile = tile or usual(head_dim)
+    tile = tile._replace(step=math.gcd(keys, tile.step))
+    if tile.step < SMALLEST_ROWS:
         raise ValueError(f"key: got {keys} cached tokens, takes a multiple of {SMALLEST_ROWS}")
     if splits is None:
         splits = min(-(-INSTANCES // (slots * kv_heads)), max(keys // SMALLEST_SPLIT, 1))
@@ -59,7 +80,7 @@ def attend_triton_decode(
     group = heads // kv_heads
     q = query.reshape(slots, kv_heads, group, head_dim)
     places = tuple(jnp.broadcast_to(a[:, 0], (slots,)) for a in (mask.first, mask.last))
-    found = _run((q, key, value, *places), key_block, splits, interpret)
+    found = _run((q, key, value, *places), tile, splits, interpret)
     return (found[0] if splits == 1 else _joined(found, group).astype(query.dtype)).reshape(query.shape)
 
 
@@ -71,7 +92,7 @@ def _joined(found, group):
     return jnp.sum(total * weights[..., None], axis=2) / jnp.sum(norm * weights, axis=2)[..., None]
 
 
-def _run(arguments, key_block, splits, interpret):
+def _run(arguments, tile, splits, interpret):
     """The result itself where one split has all keys; else each split's, not yet divided, with its peak and norm."""
     q, key = arguments[:2]
     slots, kv_heads, group, head_dim = q.shape
@@ -88,17 +109,18 @@ def _run(arguments, key_block, splits, interpret):
         numbers = pl.BlockSpec((None, None, None, rows), lambda s, h, p: (s, h, p, 0))
         results = [((*shape, head_dim), jnp.float32, whole), *[(shape, jnp.float32, numbers)] * 2]
     return call(
-        functools.partial(_kernel, key_block=key_block, splits=splits, group=group),
+        functools.partial(_kernel, step=tile.step, splits=splits, group=group),
         (slots, kv_heads, splits),
         arguments,
         [queries, all_keys, all_keys, places, places],
         results,
         interpret,
-        warps=4 if head_dim <= 64 else 8,
+        tile.warps,
+        tile.stages,
     )
 
 
-def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, key_block, splits, group):
+def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, step, splits, group):
     slot, split = pl.program_id(0), pl.program_id(2)
     first, last = first_ref[slot], last_ref[slot]
     there = jnp.arange(q_ref.shape[0])[:, None] < group
@@ -107,8 +129,8 @@ def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, key_block, s
 
     def add(number: Any, carry: Any) -> Any:
         peak, norm, total = carry
-        place = number * key_block
-        k, v = k_ref[pl.ds(place, key_block), :], v_ref[pl.ds(place, key_block), :]
+        place = number * step
+        k, v = k_ref[pl.ds(place, step), :], v_ref[pl.ds(place, step), :]
         scores = where_seen(scores_of(q, k), rows + first, rows + last, place)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
@@ -116,7 +138,7 @@ def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, key_block, s
         return new_peak, norm * shrink + jnp.sum(weights, axis=1), total
 
     # A slot's own keys are shared out, not those of the cache: of a long cache most slots fill a part.
-    begin, end = first // key_block, last // key_block + 1
+    begin, end = first // step, last // step + 1
     share = pl.cdiv(end - begin, splits)
     low = begin + split * share
     high = jnp.minimum(low + share, end)

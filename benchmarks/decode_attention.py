@@ -1,0 +1,140 @@
+"""Speed of attention to a generating engine's caches, beside the time that reading them takes.
+
+    python benchmarks/decode_attention.py --output decode_attention.json
+    python benchmarks/decode_attention.py --shapes 1.5B --slots 256 --tiles 32x4x3 64x4x2 --splits 1 2
+
+A case is the newest token of each slot and a cache of ``--keys`` places for each, of which the slots have filled a
+number between ``--filled`` less a quarter and as much more. A turn is one program that goes through the layers of
+``--layers``, each with a cache of its own, so that no cache is still in the GPU's own from the last time; the fastest of the turns counts. With
+``--tiles`` Triton's kernel runs with others too: of keys, warps and stages; with ``--splits`` also where so many
+instances share a slot's keys. Beside them, on a GPU, all keys of a place in one product (dense).
+
+over_floor  the time over that in which the filled part can be read at the speed of a copy, measured here
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bandwidth
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention import SHAPES
+from columns import aligned
+from machine import describe_machine, make_report
+
+from jaxrft.models.attention import KERNELS, AttentionMask
+from jaxrft.models.attention.triton_decode import Tile, attend_triton_decode
+
+PACKAGES = ("jaxrft", "jax", "jaxlib", "numpy")
+COLUMNS = ("shape", "slots", "kernel", "us a layer", "over the floor", "gap")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures what the command line asks for and returns the report."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = parse_arguments(argv)
+    machine, copy = describe_machine(PACKAGES), bandwidth.copy_bandwidth()
+    cases = [
+        run_case(options, copy["bytes_per_second"], shape, slots)
+        for shape, slots in itertools.product(options.shapes, options.slots)
+    ]
+    report = make_report("decode_attention.py", argv, machine, options, copy=copy, cases=cases)
+    print(aligned(COLUMNS, [line for case in cases for line in lines(case)]))
+    return report
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1.5B"])
+    parser.add_argument("--slots", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--keys", type=int, default=384, help="places of a cache")
+    parser.add_argument("--filled", type=int, default=256, help="of them, on average")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--tiles", nargs="+", default=[], help="further ones; see above")
+    parser.add_argument("--splits", type=int, nargs="+", default=[], help="with each of the tiles too")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="file for the JSON report")
+    options = parser.parse_args(argv)
+    if options.filled + options.filled // 4 > options.keys:
+        parser.error(f"--filled: a quarter more than {options.filled} does not go into {options.keys} places")
+    return options
+
+
+def run_case(options: argparse.Namespace, speed: float, shape: str, slots: int) -> dict[str, Any]:
+    heads, kv_heads, head_dim = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    filled = rng.integers(options.filled - options.filled // 4, options.filled + options.filled // 4 + 1, slots)
+    last = jnp.asarray(filled - 1, jnp.int32)[:, None]
+    mask = AttentionMask(jnp.zeros_like(last), last)
+    key, *keys = jax.random.split(jax.random.key(0), 1 + 2 * options.layers)
+    query = jax.random.normal(key, (slots, 1, heads, head_dim), options.dtype)
+    caches = [jax.random.normal(k, (slots, kv_heads, options.keys, head_dim), options.dtype) for k in keys]
+    width = 2 * kv_heads * head_dim * query.dtype.itemsize
+    known: dict[str, Any] = {"shape": shape, "slots": slots, "bytes": int(filled.sum()) * width}
+    expected, found = None, {}
+    for name, attend in kernels(options).items():
+        try:
+            seconds, first = measure(options, attend, query, caches, mask)
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            continue
+        expected = first if expected is None else expected
+        gap = float(np.abs(first - expected).max() / np.abs(expected).max())
+        found[name] = {"seconds": seconds, "over_floor": seconds * speed / known["bytes"], "gap": gap}
+        print(name, found[name], file=sys.stderr, flush=True)
+    return known | {"kernels": found}
+
+
+def kernels(options: argparse.Namespace) -> dict[str, Any]:
+    """What runs, by name; what the others are compared with comes first."""
+    found = {"dense": KERNELS["dense"], "usual": attend_triton_decode}
+    for tile, splits in itertools.product(options.tiles, (None, *options.splits)):
+        name = tile if splits is None else f"{tile}/{splits}"
+        found[name] = functools.partial(attend_triton_decode, tile=Tile(*map(int, tile.split("x"))), splits=splits)
+    return found
+
+
+def measure(options: argparse.Namespace, attend: Any, query: Any, caches: Any, mask: Any) -> tuple[float, np.ndarray]:
+    """Seconds of a layer, and the first one's result."""
+
+    def layers(query: Any, caches: Any) -> tuple[Any, Any]:
+        first = out = attend(query, caches[0], caches[1], mask)
+        for i in range(2, len(caches), 2):
+            # Each layer waits for the one before.
+            out = attend(out, caches[i], caches[i + 1], mask)
+        return first, out
+
+    program = jax.jit(layers).lower(query, caches).compile()
+    first, _ = jax.block_until_ready(program(query, caches))
+    seconds = []
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        # Ten in a row: a single one would be the host's time as much as the GPU's.
+        jax.block_until_ready([program(query, caches) for _ in range(10)])
+        seconds.append((time.perf_counter() - start) / 10 / options.layers)
+    return min(seconds), np.asarray(first, np.float32)
+
+
+def lines(case: dict[str, Any]) -> list[list[str]]:
+    out = []
+    for kernel, known in case["kernels"].items():
+        start = [case["shape"], str(case["slots"]), kernel]
+        if "error" in known:
+            out.append([*start, "not run: " + known["error"].splitlines()[0][:80]])
+        else:
+            out.append([*start, f"{1e6 * known['seconds']:.1f}", f"{known['over_floor']:.2f}", f"{known['gap']:.1e}"])
+    return out
+
+
+if __name__ == "__main__":
+    main()
