@@ -3,11 +3,12 @@
     python benchmarks/decode_attention.py --output decode_attention.json
     python benchmarks/decode_attention.py --shapes 1.5B --slots 256 --tiles 32x4x3 64x4x2 --splits 1 2
 
-A case is the newest token of each slot and a cache of ``--keys`` places for each, of which the slots have filled a
-number between ``--filled`` less a quarter and as much more. A turn is one program that goes through the layers of
-``--layers``, each with a cache of its own, so that no cache is still in the GPU's own from the last time; the fastest of the turns counts. With
-``--tiles`` Triton's kernel runs with others too: of keys, warps and stages; with ``--splits`` also where so many
-instances share a slot's keys. Beside them, on a GPU, all keys of a place in one product (dense).
+A case is the newest token of each slot and a cache of ``--keys`` places for each, of which a slot has filled
+``--filled``, a quarter more or less. A turn is one program, ten times, that goes through ``--layers`` layers, each with
+caches of its own, as otherwise they would still be in the GPU's own caches from the last time; the fastest turn counts.
+Beside the kernel as it is used runs the product of all keys of all places (dense). With ``--tiles`` the kernel runs
+with others too, each of keys, warps and stages; with ``--splits`` also where so many instances share a slot's keys. On
+a CPU it runs interpreted.
 
 over_floor  the time over that in which the filled part can be read at the speed of a copy, measured here
 """
@@ -32,7 +33,7 @@ from columns import aligned
 from machine import describe_machine, make_report
 
 from jaxrft.models.attention import KERNELS, AttentionMask
-from jaxrft.models.attention.triton_decode import Tile, attend_triton_decode
+from jaxrft.models.attention.triton_decode import DecodeTile, attend_triton_decode
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "numpy")
 COLUMNS = ("shape", "slots", "kernel", "us a layer", "over the floor", "gap")
@@ -100,7 +101,9 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
     found = {"dense": KERNELS["dense"], "usual": attend_triton_decode}
     for tile, splits in itertools.product(options.tiles, (None, *options.splits)):
         name = tile if splits is None else f"{tile}/{splits}"
-        found[name] = functools.partial(attend_triton_decode, tile=Tile(*map(int, tile.split("x"))), splits=splits)
+        found[name] = functools.partial(
+            attend_triton_decode, tile=DecodeTile(*map(int, tile.split("x"))), splits=splits
+        )
     return found
 
 

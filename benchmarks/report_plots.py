@@ -9,8 +9,8 @@ from typing import Any
 Report = dict[str, Any]
 PHASES = {"rollout": "#3b6fb6", "rewards": "#b3b3b3", "training": "#d98032", "other": "#7a5195"}
 SIDES = {"jaxrft": "#3b6fb6", "trl": "#d98032", "tunix": "#4f9d69", "vllm": "#4f9d69", "transformers": "#d98032"}
-SIDES |= {"torch": "#d98032"}
-NAMES = {"trl": "TRL", "vllm": "vLLM"}
+SIDES |= {"torch": "#d98032", "jaxrft_fp8": "#7a5195"}
+NAMES = {"trl": "TRL", "vllm": "vLLM", "jaxrft_fp8": "jaxrft in fp8"}
 # A change of how plots look changes what they are made from.
 STYLE = 3
 

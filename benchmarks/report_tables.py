@@ -122,6 +122,25 @@ def attention(report: Report) -> str:
     return markdown(columns, rows, text=5)
 
 
+def decode_attention(report: Report) -> str:
+    """Dense and the usual kernel, and of the others the three that are the fastest in some case."""
+    cases = [{k: v for k, v in case["kernels"].items() if "error" not in v} for case in report["cases"]]
+    shown = ["dense", "usual"]
+    for kernels in cases:
+        shown += sorted(kernels, key=lambda name: kernels[name]["seconds"])[:3]
+    columns = ["By"]
+    for case in report["cases"]:
+        columns += [f"{case['shape']}, {case['slots']} slots: microseconds", "TB/s"]
+    rows: Rows = []
+    for name in dict.fromkeys(shown):
+        values: list[float | None] = []
+        for kernels, case in zip(cases, report["cases"]):
+            seconds = kernels[name]["seconds"] if name in kernels else None
+            values += [seconds and 1e6 * seconds, seconds and case["bytes"] / seconds / 1e12]
+        rows.append([name, *map(number, values)])
+    return markdown(columns, rows)
+
+
 def projection(report: Report) -> str:
     columns = (
         "Tokens", "Hidden size", "Type", "Kernel", "Pass", "Side", "Seconds", "Over the products'", "Of the fastest",
@@ -194,6 +213,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "rollout": rollout,
     "weight_transfer": weight_transfer,
     "attention": attention,
+    "decode_attention": decode_attention,
     "projection": projection,
     "loading": loading,
 }

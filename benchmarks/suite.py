@@ -69,6 +69,7 @@ _FIRST = (
 _GPU = (
     # TRL's weights as its users with less memory have them, and rollouts on a server.
     Entry("grpo_step_bfloat16", "grpo_step", "--cases 0.5B --repeats 2 --trl-param-dtype bfloat16", ("trl", "vllm")),
+    Entry("decode_attention", "decode_attention", "--shapes 0.5B 1.5B --slots 16 64 256"),
     Entry("attention_lengths", "attention"),
     Entry("projection_sizes", "projection"),
     # Twice as much work at a time where the floor is to be seen: short and long responses, one and many completions.

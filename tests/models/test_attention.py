@@ -18,7 +18,7 @@ from jaxrft.models.attention.cudnn import attend_cudnn
 from jaxrft.models.attention.dense import attend_dense
 from jaxrft.models.attention.mask import padded_mask, whole_blocks_of_keys, whole_blocks_of_queries
 from jaxrft.models.attention.triton import USUAL, Tile, Tiles, attend_triton
-from jaxrft.models.attention.triton_decode import attend_triton_decode
+from jaxrft.models.attention.triton_decode import DecodeTile, attend_triton_decode, usual_splits
 
 
 def tiles(*own_and_step):
@@ -201,6 +201,25 @@ def test_decoding_reads_what_each_slot_has(splits, window):
     expected, _ = reference(*map(np.float64, (query, key, value, query)), seen)
     for kernel in (attend_dense, functools.partial(attend_triton_decode, splits=splits)):
         np.testing.assert_allclose(jax.jit(kernel)(query, key, value, mask), expected, atol=2e-6)
+
+
+def test_keys_are_split_where_they_are_many_and_heads_few():
+    heads_and_keys = [(1, 384), (2, 512), (2, 640), (32, 4096), (128, 4096), (512, 4096)]
+    assert [usual_splits(*case) for case in heads_and_keys] == [1, 4, 5, 5, 2, 1]
+
+
+@pytest.mark.parametrize("tile", [DecodeTile(16, 2, 3), DecodeTile(64, 4, 2), DecodeTile(128, 4, 2)])
+def test_how_the_decode_kernel_is_cut_changes_nothing(tile):
+    """Also where a cache is no multiple of the keys that the tile takes at a time."""
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 1, 4, 16), *[(3, 2, 96, 16)] * 2)
+    )
+    mask = cache_mask(jnp.array([0, 50, 95]))
+    expected = attend_dense(query, key, value, mask)
+    for splits in (None, 2):
+        found = attend_triton_decode(query, key, value, mask, splits=splits, tile=tile)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_decoding_refuses_a_cache_that_is_no_multiple_of_16():

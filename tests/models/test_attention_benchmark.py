@@ -25,6 +25,42 @@ def test_report_has_a_line_for_each_of_the_tiles(monkeypatch, tmp_path, capsys):
     assert f"triton {tiles[0]}" in capsys.readouterr().out
 
 
+def test_decoding_is_compared_with_all_keys_and_with_the_bytes_read(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    output = tmp_path / "report.json"
+    command = "--shapes small --slots 3 --keys 48 --filled 32 --layers 2 --dtype float32 --repeats 1"
+    command += f" --tiles 16x2x3 3x1x1 --splits 2 --output {output}"
+    importlib.import_module("decode_attention").main(command.split())
+    report = json.loads(output.read_text())
+    [case] = report["cases"]
+    kernels = case["kernels"]
+    assert list(kernels) == ["dense", "usual", "16x2x3", "16x2x3/2", "3x1x1", "3x1x1/2"]
+    assert "takes a multiple of 16" in kernels.pop("3x1x1")["error"]
+    assert kernels.pop("3x1x1/2")["error"]
+    # Keys and values of two heads of 64 float32 numbers, of 24 to 40 places a slot.
+    assert 3 * 24 <= case["bytes"] / (2 * 2 * 64 * 4) <= 3 * 40
+    for found in kernels.values():
+        assert found["gap"] == pytest.approx(0.0, abs=1e-5)
+        assert found["over_floor"] == pytest.approx(
+            found["seconds"] * report["copy"]["bytes_per_second"] / case["bytes"]
+        )
+
+
+@pytest.mark.parametrize(("platform", "calls"), [("cpu", 1), ("gpu", 10)])
+def test_bytes_per_second_are_those_of_one_copy(monkeypatch, platform, calls):
+    """On a GPU ten are waited for at once."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bandwidth = importlib.import_module("bandwidth")
+    clock, waits = iter([0.0, 20.0, 0.0, 10.0]), []
+    ready = bandwidth.jax.block_until_ready
+    monkeypatch.setattr(bandwidth.jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(bandwidth.jax, "block_until_ready", lambda x: waits.append(int(x[0])) or ready(x))
+    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: next(clock))
+    found = bandwidth.copy_bandwidth(megabytes=1, repeats=2)
+    assert waits == [1, 1 + calls, 1 + 2 * calls]
+    assert found["bytes_per_second"] == pytest.approx(2 * 2**20 * calls / 10)
+
+
 def test_a_turn_of_several_calls_is_timed_as_one_of_them(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     attention = importlib.import_module("attention")

@@ -24,12 +24,15 @@ from jaxrft.models.attention.triton_kernels import product, scores_of, where_see
 
 # A tensor core's smallest block of rows.
 SMALLEST_ROWS = 16
-# Three times the multiprocessors of an H100: an instance waits for memory most of its time.
-INSTANCES = 396
+# The multiprocessors of an H100 or H200.
+INSTANCES = 132
+# What several instances find is joined by a kernel of its own, which takes time: of caches of 384 places one instance
+# for all of a slot's keys was the faster, with 16 and with 64 slots.
+SPLIT_FROM = 512
 SMALLEST_SPLIT = 128
 
 
-class Tile(NamedTuple):
+class DecodeTile(NamedTuple):
     """How the kernel is cut.
 
     Attributes:
@@ -43,8 +46,14 @@ class Tile(NamedTuple):
     stages: int
 
 
-def usual(head_dim: int) -> Tile:
-    return Tile(64, 4 if head_dim <= 64 else 8, 2)
+def usual(head_dim: int) -> DecodeTile:
+    """By measurements on an H200: small instances, so that four or more of them are on a multiprocessor at a time."""
+    return DecodeTile(32, 2 if head_dim <= 64 else 4, 3)
+
+
+def usual_splits(heads: int, keys: int) -> int:
+    """Instances that share the keys of one of so many heads of all slots: as many as fill the GPU."""
+    return 1 if keys < SPLIT_FROM else min(-(-INSTANCES // heads), keys // SMALLEST_SPLIT)
 
 
 def attend_triton_decode(
@@ -53,15 +62,15 @@ def attend_triton_decode(
     value: Float[Array, "slots kv_heads keys head_dim"],
     mask: AttentionMask,
     splits: int | None = None,
-    tile: Tile | None = None,
+    tile: DecodeTile | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "slots 1 heads head_dim"]:
     """Grouped-query attention of one query a slot; not differentiable.
 
     Args:
         key: a multiple of 16 of them.
+        splits: instances that share the keys of a slot; None: the usual number.
         tile: None takes the usual one of the head size; of fewer keys at a time where they are no multiple of its step.
-        splits: instances that share the keys of a slot; None: as many as fill the GPU.
         interpret: run the kernel without Triton; None: where there is no GPU.
 
     Raises:
@@ -73,8 +82,7 @@ def attend_triton_decode(
     tile = tile._replace(step=math.gcd(keys, tile.step))
     if tile.step < SMALLEST_ROWS:
         raise ValueError(f"key: got {keys} cached tokens, takes a multiple of {SMALLEST_ROWS}")
-    if splits is None:
-        splits = min(-(-INSTANCES // (slots * kv_heads)), max(keys // SMALLEST_SPLIT, 1))
+    splits = splits or usual_splits(slots * kv_heads, keys)
     if interpret is None:
         interpret = jax.default_backend() == "cpu"
     group = heads // kv_heads
