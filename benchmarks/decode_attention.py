@@ -1,4 +1,4 @@
-"""Speed of attention to a generating engine's caches, beside the time that reading them takes.
+"""Speed of attention to a generating engine's caches, which get a new token, beside the time that reading them takes.
 
     python benchmarks/decode_attention.py --output decode_attention.json
     python benchmarks/decode_attention.py --shapes 1.5B --slots 256 --tiles 32x4x3 64x4x2 --splits 1 2
@@ -32,8 +32,8 @@ from attention import SHAPES
 from columns import aligned
 from machine import describe_machine, make_report
 
-from jaxrft.models.attention import KERNELS, AttentionMask
-from jaxrft.models.attention.triton_decode import DecodeTile, attend_triton_decode
+from jaxrft.models.attention import attend_cached, cache_mask
+from jaxrft.models.attention.triton_decode import DecodeTile, extend_triton_decode
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "numpy")
 COLUMNS = ("shape", "slots", "kernel", "us a layer", "over the floor", "gap")
@@ -75,17 +75,18 @@ def run_case(options: argparse.Namespace, speed: float, shape: str, slots: int) 
     heads, kv_heads, head_dim = SHAPES[shape]
     rng = np.random.default_rng(0)
     filled = rng.integers(options.filled - options.filled // 4, options.filled + options.filled // 4 + 1, slots)
-    last = jnp.asarray(filled - 1, jnp.int32)[:, None]
-    mask = AttentionMask(jnp.zeros_like(last), last)
-    key, *keys = jax.random.split(jax.random.key(0), 1 + 2 * options.layers)
+    mask = cache_mask(jnp.asarray(filled - 1, jnp.int32))
+    key, *keys = jax.random.split(jax.random.key(0), 3 + 2 * options.layers)
     query = jax.random.normal(key, (slots, 1, heads, head_dim), options.dtype)
-    caches = [jax.random.normal(k, (slots, kv_heads, options.keys, head_dim), options.dtype) for k in keys]
+    new = tuple(jax.random.normal(k, (slots, kv_heads, 1, head_dim), options.dtype) for k in keys[:2])
+    parts = [jax.random.normal(k, (slots, kv_heads, options.keys, head_dim), options.dtype) for k in keys[2:]]
+    caches = list(zip(parts[::2], parts[1::2]))
     width = 2 * kv_heads * head_dim * query.dtype.itemsize
     known: dict[str, Any] = {"shape": shape, "slots": slots, "bytes": int(filled.sum()) * width}
     expected, found = None, {}
-    for name, attend in kernels(options).items():
+    for name, extend in kernels(options).items():
         try:
-            seconds, first = measure(options, attend, query, caches, mask)
+            seconds, first, caches = measure(options, extend, query, new, caches, mask)
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
             continue
@@ -98,34 +99,39 @@ def run_case(options: argparse.Namespace, speed: float, shape: str, slots: int) 
 
 def kernels(options: argparse.Namespace) -> dict[str, Any]:
     """What runs, by name; what the others are compared with comes first."""
-    found = {"dense": KERNELS["dense"], "usual": attend_triton_decode}
+    found: dict[str, Any] = {"dense": functools.partial(attend_cached, window=options.keys)}
+    found["usual"] = extend_triton_decode
     for tile, splits in itertools.product(options.tiles, (None, *options.splits)):
         name = tile if splits is None else f"{tile}/{splits}"
         found[name] = functools.partial(
-            attend_triton_decode, tile=DecodeTile(*map(int, tile.split("x"))), splits=splits
+            extend_triton_decode, tile=DecodeTile(*map(int, tile.split("x"))), splits=splits
         )
     return found
 
 
-def measure(options: argparse.Namespace, attend: Any, query: Any, caches: Any, mask: Any) -> tuple[float, np.ndarray]:
-    """Seconds of a layer, and the first one's result."""
+def measure(options: argparse.Namespace, extend: Any, query: Any, new: Any, caches: Any, mask: Any) -> Any:
+    """Seconds of a layer, the first one's result, and the caches, in which nothing has changed after the first time."""
 
-    def layers(query: Any, caches: Any) -> tuple[Any, Any]:
-        first = out = attend(query, caches[0], caches[1], mask)
-        for i in range(2, len(caches), 2):
+    def layers(caches: Any, query: Any) -> tuple[Any, Any, Any]:
+        outs, after = [query], []
+        for cache in caches:
             # Each layer waits for the one before.
-            out = attend(out, caches[i], caches[i + 1], mask)
-        return first, out
+            out, cache = extend(outs[-1], new, cache, mask)
+            outs.append(out)
+            after.append(cache)
+        return outs[1], outs[-1], after
 
-    program = jax.jit(layers).lower(query, caches).compile()
-    first, _ = jax.block_until_ready(program(query, caches))
+    program = jax.jit(layers, donate_argnums=0).lower(caches, query).compile()
+    first, _, caches = jax.block_until_ready(program(caches, query))
     seconds = []
     for _ in range(options.repeats):
         start = time.perf_counter()
         # Ten in a row: a single one would be the host's time as much as the GPU's.
-        jax.block_until_ready([program(query, caches) for _ in range(10)])
+        for _ in range(10):
+            _, last, caches = program(caches, query)
+        jax.block_until_ready(last)
         seconds.append((time.perf_counter() - start) / 10 / options.layers)
-    return min(seconds), np.asarray(first, np.float32)
+    return min(seconds), np.asarray(first, np.float32), caches
 
 
 def lines(case: dict[str, Any]) -> list[list[str]]:

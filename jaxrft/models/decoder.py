@@ -118,7 +118,7 @@ class Decoder(nnx.Module):
         masks = {w: cache_mask(positions, w, kernel) for w in self._windows()}
         x, new = self.embed(tokens[:, None]), []
         for index, (layer, cache) in enumerate(zip(self.layers, caches)):
-            x, cache = layer.decode(x, rope, cache, positions, masks[self.spec.sliding_window(index)], window)
+            x, cache = layer.decode(x, rope, cache, masks[self.spec.sliding_window(index)], window)
             new.append(cache)
         return self.final_norm(x)[:, 0], new
 

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxrft import parallel
-from jaxrft.models.attention import AttentionMask, attend
+from jaxrft.models.attention import AttentionMask, attend, attend_cached
 from jaxrft.models.elementwise import rms_norm, swiglu
 from jaxrft.models.joined import JoinedKernel
 from jaxrft.models.projection import lookup, project
@@ -141,17 +141,13 @@ class Attention(nnx.Module):
         x: Float[Array, "slots 1 hidden"],
         rope: RopeTables,
         cache: LayerCache,
-        positions: Int[Array, "slots"],
         mask: AttentionMask,
         window: int,
     ) -> tuple[Float[Array, "slots 1 hidden"], LayerCache]:
-        """One new token a slot: writes it at ``positions`` and attends to the first ``window`` cached ones."""
+        """One new token a slot: writes it to the cache and attends to what it sees there (``attend_cached``)."""
         query, new = self._project(x, rope)
-        rows = jnp.arange(x.shape[0])
-        # Each row is another: a GPU stores without asking who else writes there.
-        known: dict[str, Any] = {"unique_indices": True, "mode": "promise_in_bounds"}
-        cache = LayerCache(*(c.at[rows, :, positions].set(n[:, :, 0], **known) for c, n in zip(cache, new)))
-        return self._finish(attend(query, cache.key[:, :, :window], cache.value[:, :, :window], mask)), cache
+        heads, cached = attend_cached(query, new, cache, mask, window)
+        return self._finish(heads), LayerCache(*cached)
 
     def _project(self, x: Array, rope: RopeTables) -> tuple[Array, LayerCache]:
         spec, (batch, time) = self.spec, x.shape[:2]
@@ -206,11 +202,10 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "slots 1 hidden"],
         rope: RopeTables,
         cache: LayerCache,
-        positions: Int[Array, "slots"],
         mask: AttentionMask,
         window: int,
     ) -> tuple[Float[Array, "slots 1 hidden"], LayerCache]:
         """One new token a slot; returns the cache with it."""
-        attended, cache = self.attention.decode(self.attention_norm(x), rope, cache, positions, mask, window)
+        attended, cache = self.attention.decode(self.attention_norm(x), rope, cache, mask, window)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache

@@ -18,7 +18,7 @@ from jaxrft.models.attention.cudnn import attend_cudnn
 from jaxrft.models.attention.dense import attend_dense
 from jaxrft.models.attention.mask import padded_mask, whole_blocks_of_keys, whole_blocks_of_queries
 from jaxrft.models.attention.triton import USUAL, Tile, Tiles, attend_triton
-from jaxrft.models.attention.triton_decode import DecodeTile, attend_triton_decode, usual_splits
+from jaxrft.models.attention.triton_decode import attend_triton_decode, extend_triton_decode
 
 
 def tiles(*own_and_step):
@@ -185,49 +185,6 @@ def test_bfloat16_is_as_exact_as_whole_scores(kernel):
         assert error <= 2 * usual + 1e-3
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_decoding_reads_what_each_slot_has(splits, window):
-    rng = np.random.default_rng(0)
-    slots, heads, kv_heads, keys, head_dim = 5, 6, 2, 96, 16
-    shapes = ((slots, 1, heads, head_dim), *[(slots, kv_heads, keys, head_dim)] * 2)
-    query, key, value = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    positions = np.array([0, 1, 47, 63, 95], np.int32)
-    place = np.arange(keys)
-    behind = place[None] > positions[:, None]
-    key = jnp.where(behind[:, None, :, None], 1e4, key)
-    mask = cache_mask(jnp.asarray(positions), window)
-    seen = (~behind if window is None else ~behind & (positions[:, None] - place < window))[:, None]
-    expected, _ = reference(*map(np.float64, (query, key, value, query)), seen)
-    for kernel in (attend_dense, functools.partial(attend_triton_decode, splits=splits)):
-        np.testing.assert_allclose(jax.jit(kernel)(query, key, value, mask), expected, atol=2e-6)
-
-
-def test_keys_are_split_where_they_are_many_and_heads_few():
-    heads_and_keys = [(1, 384), (2, 512), (2, 640), (32, 4096), (128, 4096), (512, 4096)]
-    assert [usual_splits(*case) for case in heads_and_keys] == [1, 4, 5, 5, 2, 1]
-
-
-@pytest.mark.parametrize("tile", [DecodeTile(16, 2, 3), DecodeTile(64, 4, 2), DecodeTile(128, 4, 2)])
-def test_how_the_decode_kernel_is_cut_changes_nothing(tile):
-    """Also where a cache is no multiple of the keys that the tile takes at a time."""
-    rng = np.random.default_rng(0)
-    query, key, value = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 1, 4, 16), *[(3, 2, 96, 16)] * 2)
-    )
-    mask = cache_mask(jnp.array([0, 50, 95]))
-    expected = attend_dense(query, key, value, mask)
-    for splits in (None, 2):
-        found = attend_triton_decode(query, key, value, mask, splits=splits, tile=tile)
-        np.testing.assert_allclose(found, expected, atol=2e-6)
-
-
-def test_decoding_refuses_a_cache_that_is_no_multiple_of_16():
-    arrays = (jnp.zeros((1, 1, 2, 16)), jnp.zeros((1, 2, 24, 16)), jnp.zeros((1, 2, 24, 16)))
-    with pytest.raises(ValueError, match="24 cached tokens, takes a multiple of 16"):
-        attend_triton_decode(*arrays, cache_mask(jnp.zeros((1,), jnp.int32)))
-
-
 def test_memory_grows_with_the_length_not_its_square():
     """What the compiled gradient holds beside its arguments and results: four times as long, four times as much."""
 
@@ -251,11 +208,11 @@ def an_h100():
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
 
 
-@pytest.mark.parametrize("function", ["forward", "gradient", "decode"])
+@pytest.mark.parametrize("function", ["forward", "gradient", "decode", "extend"])
 def test_the_kernels_become_triton_programs(function):
     """No GPU is needed to translate them. Whether Triton's compiler takes them is for the tests on a GPU."""
     arrays = [(2, 300, 8, 128), (2, 2, 300, 128), (2, 2, 300, 128)]
-    calls, mask = {"forward": 1, "gradient": 3, "decode": 1}[function], causal_mask(300, 40)
+    calls, mask = {"gradient": 3}.get(function, 1), causal_mask(300, 40)
 
     def run(*inputs):
         return attend_triton(*inputs, mask, interpret=False).astype(jnp.float32).sum()
@@ -265,6 +222,9 @@ def test_the_kernels_become_triton_programs(function):
         arrays = [(2, 1, 8, 128), (2, 2, 304, 128), (2, 2, 304, 128)]
         mask = cache_mask(jnp.array([3, 303]))
         program = lambda *inputs: attend_triton_decode(*inputs, mask, interpret=False)  # noqa: E731
+    if function == "extend":
+        arrays += [(2, 2, 1, 128)] * 2
+        program = lambda q, k, v, *new: extend_triton_decode(q, new, (k, v), mask, interpret=False)  # noqa: E731
     target = "__gpu$xla.gpu.triton"
     with an_h100():
         exported = jax.export.export(
@@ -317,22 +277,6 @@ def working_kernels(monkeypatch):
 @pytest.mark.usefixtures("working_kernels")
 def test_choice(changes, kernel):
     assert choice.choose("auto", dataclasses.replace(GPU, **changes)) == kernel
-
-
-def test_the_decode_kernel_is_tried_before_it_is_taken(monkeypatch):
-    """Interpreted, it is right; one that sees what is behind a slot's newest token is found out."""
-    arguments = ("triton_decode", "float32", 16)
-
-    def sees_all(query, key, value, mask):
-        return attend_dense(query, key, value, cache_mask(jnp.full(query.shape[:1], key.shape[2] - 1)))
-
-    for kernel, expected in ((attention.KERNELS["triton_decode"], None), (sees_all, "gives wrong values here")):
-        monkeypatch.setitem(attention.KERNELS, "triton_decode", kernel)
-        choice.probe.cache_clear()
-        found = []
-        jax.jit(lambda x, found=found: found.append(choice.probe(*arguments)) or x)(1.0)
-        assert (found[0] is None) if expected is None else (expected in found[0])
-    choice.probe.cache_clear()
 
 
 def test_tritons_kernels_have_tiles_for_what_they_are_chosen_for():

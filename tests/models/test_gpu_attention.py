@@ -1,13 +1,14 @@
 """The kernels of a GPU against whole scores, as they are compiled there."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrft.models.attention import KERNELS, cache_mask, causal_mask, choice
+from jaxrft.models.attention import KERNELS, attend_cached, cache_mask, causal_mask, choice
 from jaxrft.models.attention.cudnn_packed import missing_interface, most_segments
 from jaxrft.models.attention.probing import PROBE_TOLERANCE
 from jaxrft.models.attention.triton_decode import attend_triton_decode
@@ -79,3 +80,21 @@ def test_decoding(slots, keys, heads):
     mask = cache_mask(jnp.asarray(rng.integers(0, keys, slots)))
     got, expected = (np.float32(jax.jit(kernel)(*arrays, mask)) for kernel in (attend_triton_decode, KERNELS["dense"]))
     np.testing.assert_allclose(got, expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("slots", "keys", "heads", "head_dim"), [(3, 48, 2, 16), (64, 768, 12, 128), (256, 4096, 14, 64)]
+)
+def test_decoding_writes_the_newest_token(slots, keys, heads, head_dim):
+    rng = np.random.default_rng(0)
+    shapes = [(slots, 1, heads, head_dim), *[(slots, 2, 1, head_dim)] * 2, *[(slots, 2, keys, head_dim)] * 2]
+    query, *arrays = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    positions = jnp.asarray(rng.integers(0, keys, slots))
+    found = []
+    for kernel in ("triton_decode", "dense"):
+        run = jax.jit(functools.partial(attend_cached, window=keys))
+        found.append(run(query, tuple(arrays[:2]), tuple(arrays[2:]), cache_mask(positions, kernel=kernel)))
+    (got, cache), (expected, cache_expected) = found
+    np.testing.assert_allclose(np.float32(got), np.float32(expected), atol=0.03)
+    for part, want in zip(cache, cache_expected):
+        np.testing.assert_array_equal(np.float32(part), np.float32(want))

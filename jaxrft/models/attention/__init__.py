@@ -18,7 +18,7 @@ from jaxrft.models.attention.cudnn import attend_cudnn
 from jaxrft.models.attention.dense import attend_dense
 from jaxrft.models.attention.mask import AttentionMask, cache_mask, causal_mask, segment_starts
 
-__all__ = ["KERNELS", "AttentionMask", "attend", "cache_mask", "causal_mask", "segment_starts"]
+__all__ = ["KERNELS", "AttentionMask", "attend", "attend_cached", "cache_mask", "causal_mask", "segment_starts"]
 
 
 def _triton(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
@@ -33,6 +33,9 @@ def _triton_decode(query: Array, key: Array, value: Array, mask: AttentionMask) 
 
     return attend_triton_decode(query, key, value, mask)
 
+
+# Keys and values.
+Cache = tuple[Array, Array]
 
 KERNELS: dict[str, Callable[..., Array]] = {
     "dense": attend_dense,
@@ -58,19 +61,82 @@ def attend(
     layout = parallel.current()
     if layout is None:
         return KERNELS[mask.kernel](query, key, value, mask)
-    queries = layout.activation(("batch", "time", "heads", None), query.shape)
+    queries, keys, masks = _specs(query, mask, layout)
     key, value = (_align_heads(a, query.shape[2], layout.mesh.shape["tensor"], queries) for a in (key, value))
-    keys = PartitionSpec(queries[0], queries[2], None, None)
-    places: Any = PartitionSpec(queries[0] if mask.first.shape[0] > 1 else None, queries[1])
-    lengths: Any = None if mask.lengths is None else PartitionSpec(queries[0])
-    masks = dataclasses.replace(mask, first=places, last=places, lengths=lengths)
     sharded = jax.shard_map(_attend_locally, mesh=layout.mesh, in_specs=(queries, keys, keys, masks), out_specs=queries)
     return sharded(query, key, value, mask)
 
 
+def attend_cached(
+    query: Float[Array, "slots 1 heads head_dim"],
+    new: Cache,
+    cache: Cache,
+    mask: AttentionMask,
+    window: int,
+) -> tuple[Float[Array, "slots 1 heads head_dim"], Cache]:
+    """Writes each slot's newest token to its cache, and attends from it to what it sees of that.
+
+    Args:
+        new: keys and values of the newest token, each [slots, kv_heads, 1, head_dim].
+        cache: keys and values, each [slots, kv_heads, length, head_dim].
+        mask: as ``cache_mask`` makes it: the newest token stands at its ``last``.
+        window: static; every ``last`` is below it.
+
+    Returns:
+        What ``attend`` gives, and the cache with the newest token.
+    """
+    layout = parallel.current()
+    if mask.kernel != "triton_decode" or not _heads_lie_together(query, cache[0], layout):
+        cache = _written(new, cache, mask)
+        return attend(query, *(part[:, :, :window] for part in cache), mask), cache
+    # One kernel writes and attends.
+    if layout is None:
+        return _extend_locally(query, new, cache, mask)
+    queries, keys, masks = _specs(query, mask, layout)
+    specs = (queries, (keys, keys), (keys, keys), masks)
+    sharded = jax.shard_map(_extend_locally, mesh=layout.mesh, in_specs=specs, out_specs=(queries, (keys, keys)))
+    return sharded(query, tuple(new), tuple(cache), mask)
+
+
+def _heads_lie_together(query: Array, key: Array, layout: parallel.Layout | None) -> bool:
+    """Whether each device has the key heads of its query heads, and no others."""
+    if layout is None:
+        return True
+    queries = layout.activation(("batch", "time", "heads", None), query.shape)
+    tensor = layout.mesh.shape["tensor"]
+    return queries[2] is None or aligned_kv_heads(query.shape[2], key.shape[1], tensor) == key.shape[1]
+
+
+def _written(new: Cache, cache: Cache, mask: AttentionMask) -> Cache:
+    rows, places = jnp.arange(cache[0].shape[0]), mask.last[:, 0]
+    # Each row is another: a GPU stores without asking who else writes there.
+    known: dict[str, Any] = {"unique_indices": True, "mode": "promise_in_bounds"}
+    key, value = (part.at[rows, :, places].set(n[:, :, 0], **known) for part, n in zip(cache, new))
+    return key, value
+
+
+def _extend_locally(query: Array, new: Cache, cache: Cache, mask: AttentionMask) -> tuple[Array, Cache]:
+    from jaxrft.models.attention.triton_decode import extend_triton_decode
+
+    return extend_triton_decode(*_own((query, new, cache, mask)))
+
+
+def _specs(query: Array, mask: AttentionMask, layout: parallel.Layout) -> tuple[Any, Any, Any]:
+    """How queries, keys and masks lie on a mesh: keys and values of whole rows where the queries are."""
+    queries = layout.activation(("batch", "time", "heads", None), query.shape)
+    keys = PartitionSpec(queries[0], queries[2], None, None)
+    places: Any = PartitionSpec(queries[0] if mask.first.shape[0] > 1 else None, queries[1])
+    lengths: Any = None if mask.lengths is None else PartitionSpec(queries[0])
+    return queries, keys, dataclasses.replace(mask, first=places, last=places, lengths=lengths)
+
+
 def _attend_locally(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
-    """On one device of a mesh: what is the same on several is first made to be each one's own."""
-    arrays = (query, key, value, mask)
+    """On one device of a mesh."""
+    return KERNELS[mask.kernel](*_own((query, key, value, mask)))
+
+
+def _own(arrays: Any) -> Any:
+    """What is the same on several devices of a mesh is made to be each one's own."""
     varying: frozenset[str] = functools.reduce(
         lambda a, b: a | b, (jax.typeof(a).mat.varying for a in jax.tree.leaves(arrays))
     )
@@ -79,7 +145,7 @@ def _attend_locally(query: Array, key: Array, value: Array, mask: AttentionMask)
         missing = tuple(varying - jax.typeof(array).mat.varying)
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
-    return KERNELS[mask.kernel](*jax.tree.map(own, arrays))
+    return jax.tree.map(own, arrays)
 
 
 def _align_heads(x: Array, heads: int, tensor: int, queries: PartitionSpec) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrft.models.attention import KERNELS
+from jaxrft.models.attention import KERNELS, attend_cached
 from jaxrft.models.attention.mask import cache_mask, causal_mask
 from jaxrft.models.trial import fault
 
@@ -27,8 +27,11 @@ def probe(kernel: str, dtype: str, head_dim: int, window: int | None = None, pac
     Returns:
         What is wrong; None: nothing is.
     """
-    run = _decoded if kernel == "triton_decode" else _probed
+    decodes = kernel == "triton_decode"
+    run = _decoded if decodes else _probed
     names = ("values", "gradients of queries", "of keys", "of values")
+    if decodes:
+        names = ("values", "values with a new token", "keys of the cache", "values of the cache")
     tried, plain = (functools.partial(run, name, packed, dtype, head_dim, window) for name in (kernel, "dense"))
     return fault(tried, plain, names, PROBE_TOLERANCE)
 
@@ -37,10 +40,17 @@ def _decoded(kernel: str, packed: bool, dtype: str, head_dim: int, window: int |
     """One query a slot, to caches of which some are hardly filled; so long that their keys are split."""
     slots, keys, heads, kv_heads = 3, 512, 6, 2
     rng = np.random.default_rng(0)
-    shapes = [(slots, 1, heads, head_dim), *[(slots, kv_heads, keys, head_dim)] * 2]
-    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-    mask = cache_mask(jnp.array([0, 300, keys - 1]), window)
-    return [np.asarray(jax.jit(KERNELS[kernel])(*arrays, mask), np.float32)]
+    shapes = [
+        (slots, 1, heads, head_dim),
+        *[(slots, kv_heads, keys, head_dim)] * 2,
+        *[(slots, kv_heads, 1, head_dim)] * 2,
+    ]
+    query, *arrays = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    cache, new = tuple(arrays[:2]), tuple(arrays[2:])
+    mask = cache_mask(jnp.array([0, 300, keys - 1]), window, kernel)
+    seen = jax.jit(KERNELS[kernel])(query, *cache, mask)
+    extended, cache = jax.jit(functools.partial(attend_cached, window=keys))(query, new, cache, mask)
+    return [np.asarray(a, np.float32) for a in (seen, extended, *cache)]
 
 
 def _probed(kernel: str, packed: bool, dtype: str, head_dim: int, window: int | None) -> list[np.ndarray]:

@@ -98,6 +98,7 @@ def call(
     interpret: bool,
     warps: int,
     stages: int = 2,
+    in_place: dict[int, int] | None = None,
 ) -> Any:
     """Runs a kernel over a grid.
 
@@ -105,6 +106,7 @@ def call(
         arguments, specs: arrays, and which block of each an instance has.
         results: (shape, dtype, spec) of each result.
         warps, stages: of an instance; see :class:`Tile`.
+        in_place: which argument becomes which result, by their numbers; what the kernel does not write stays.
     """
     # Inside shard_map the results differ on the devices on which the arguments do.
     kind = jax.typeof(arguments[0]).mat
@@ -116,6 +118,7 @@ def call(
         out_shape=[jax.ShapeDtypeStruct(s, t, manual_axis_type=kind) for s, t, _ in results],
         compiler_params=triton_backend.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
+        input_output_aliases=in_place or {},
     )(*arguments)
 
 

@@ -76,8 +76,37 @@ def attend_triton_decode(
     Raises:
         ValueError: the number of keys is not a multiple of 16.
     """
+    return _attend(query, (), (key, value), mask, splits, tile, interpret)[0]
+
+
+def extend_triton_decode(
+    query: Float[Array, "slots 1 heads head_dim"],
+    new: tuple[Float[Array, "slots kv_heads 1 head_dim"], Float[Array, "slots kv_heads 1 head_dim"]],
+    cache: tuple[Float[Array, "slots kv_heads keys head_dim"], Float[Array, "slots kv_heads keys head_dim"]],
+    mask: AttentionMask,
+    splits: int | None = None,
+    tile: DecodeTile | None = None,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "slots 1 heads head_dim"], tuple[Array, Array]]:
+    """Attention of the newest token, whose key and value go into the cache, and the cache with them.
+
+    Args:
+        new: the token's key and value.
+        cache: keys and values before it; changed in place where nobody else has them.
+        mask: whose ``last`` is the place of the newest token.
+        splits, tile, interpret: as above.
+
+    Raises:
+        ValueError: the number of keys is not a multiple of 16.
+    """
+    out, *cache = _attend(query, new, cache, mask, splits, tile, interpret)
+    return out, (cache[0], cache[1])
+
+
+def _attend(query, new, cache, mask, splits, tile, interpret):
+    """The result, and where there is a new key and value the cache with them."""
     slots, _, heads, head_dim = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
+    kv_heads, keys = cache[0].shape[1], cache[0].shape[2]
     tile = tile or usual(head_dim)
     tile = tile._replace(step=math.gcd(keys, tile.step))
     if tile.step < SMALLEST_ROWS:
@@ -85,11 +114,13 @@ def attend_triton_decode(
     splits = splits or usual_splits(slots * kv_heads, keys)
     if interpret is None:
         interpret = jax.default_backend() == "cpu"
-    group = heads // kv_heads
-    q = query.reshape(slots, kv_heads, group, head_dim)
+    # Side by side: what makes them is one kernel then, in place of three.
+    rows = jnp.concatenate([query[:, 0], *(part[:, :, 0] for part in new)], axis=1)
     places = tuple(jnp.broadcast_to(a[:, 0], (slots,)) for a in (mask.first, mask.last))
-    found = _run((q, key, value, *places), tile, splits, interpret)
-    return (found[0] if splits == 1 else _joined(found, group).astype(query.dtype)).reshape(query.shape)
+    found = _run(rows, heads, cache, places, tile, splits, interpret)
+    parts, cache = found[: len(found) - len(new)], found[len(found) - len(new) :]
+    out = parts[0] if splits == 1 else _joined(parts, heads // kv_heads).astype(query.dtype)
+    return out.reshape(query.shape), *cache
 
 
 def _joined(found, group):
@@ -100,62 +131,101 @@ def _joined(found, group):
     return jnp.sum(total * weights[..., None], axis=2) / jnp.sum(norm * weights, axis=2)[..., None]
 
 
-def _run(arguments, tile, splits, interpret):
-    """The result itself where one split has all keys; else each split's, not yet divided, with its peak and norm."""
-    q, key = arguments[:2]
-    slots, kv_heads, group, head_dim = q.shape
-    keys = key.shape[2]
+def _run(rows, heads, cache, places, tile, splits, interpret):
+    """The result itself where one split has all keys; else each split's, not yet divided, with its peak and norm.
+
+    Behind these the cache, where there is a new key and value.
+
+    Args:
+        rows: [slots, heads, head_dim]; with a new key and value the key heads of both stand behind the queries'.
+    """
+    slots, rows_a_slot, head_dim = rows.shape
+    kv_heads, keys = cache[0].shape[1:3]
+    group, extends = heads // kv_heads, rows_a_slot > heads
     # Whole tiles, though there may be fewer heads: what is behind them is neither read nor written.
-    rows = max(SMALLEST_ROWS, pl.next_power_of_2(group))
-    queries = pl.BlockSpec((None, None, rows, head_dim), lambda s, h, p: (s, h, 0, 0))
+    tile_rows = max(SMALLEST_ROWS, pl.next_power_of_2(group))
+    # With room behind them for the tile that begins with the last one.
+    all_rows = pl.BlockSpec((None, rows_a_slot + tile_rows, head_dim), lambda s, h, p: (s, 0, 0))
     all_keys = pl.BlockSpec((None, None, keys, head_dim), lambda s, h, p: (s, h, 0, 0))
-    places = pl.BlockSpec((slots,), lambda s, h, p: (0,))
-    results = [(q.shape, q.dtype, queries)]
+    numbers = pl.BlockSpec((slots,), lambda s, h, p: (0,))
+    out = pl.BlockSpec((None, None, tile_rows, head_dim), lambda s, h, p: (s, h, 0, 0))
+    results = [((slots, kv_heads, group, head_dim), rows.dtype, out)]
     if splits > 1:
-        shape = (slots, kv_heads, splits, rows)
-        whole = pl.BlockSpec((None, None, None, rows, head_dim), lambda s, h, p: (s, h, p, 0, 0))
-        numbers = pl.BlockSpec((None, None, None, rows), lambda s, h, p: (s, h, p, 0))
-        results = [((*shape, head_dim), jnp.float32, whole), *[(shape, jnp.float32, numbers)] * 2]
+        shape = (slots, kv_heads, splits, tile_rows)
+        whole = pl.BlockSpec((None, None, None, tile_rows, head_dim), lambda s, h, p: (s, h, p, 0, 0))
+        row = pl.BlockSpec((None, None, None, tile_rows), lambda s, h, p: (s, h, p, 0))
+        results = [((*shape, head_dim), jnp.float32, whole), *[(shape, jnp.float32, row)] * 2]
+    in_place = {1: len(results), 2: len(results) + 1} if extends else {}
+    results += [(array.shape, array.dtype, all_keys) for array in cache if extends]
     return call(
-        functools.partial(_kernel, step=tile.step, splits=splits, group=group),
+        functools.partial(
+            _kernel, step=tile.step, splits=splits, heads=heads, group=group, tile_rows=tile_rows, extends=extends
+        ),
         (slots, kv_heads, splits),
-        arguments,
-        [queries, all_keys, all_keys, places, places],
+        (rows, *cache, *places),
+        [all_rows, all_keys, all_keys, numbers, numbers],
         results,
         interpret,
         tile.warps,
         tile.stages,
+        in_place,
     )
 
 
-def _kernel(q_ref, k_ref, v_ref, first_ref, last_ref, *result_refs, step, splits, group):
-    slot, split = pl.program_id(0), pl.program_id(2)
+def _kernel(rows_ref, k_ref, v_ref, first_ref, last_ref, *refs, step, splits, heads, group, tile_rows, extends):
+    slot, head, split = (pl.program_id(i) for i in range(3))
     first, last = first_ref[slot], last_ref[slot]
-    there = jnp.arange(q_ref.shape[0])[:, None] < group
-    q = triton_backend.load(q_ref.at[...], mask=there, other=0.0)
-    rows = jnp.zeros(q.shape[:1], jnp.int32)
+    there = jnp.arange(tile_rows)[:, None] < group
+    q = triton_backend.load(rows_ref.at[pl.ds(head * group, tile_rows), :], mask=there, other=0.0)
+    rows, zeros = jnp.zeros(q.shape[:1], jnp.int32), jnp.zeros(q.shape[:1], jnp.float32)
+    # Cached keys that are seen stand before this place.
+    stop = last + 1
+    if extends:
+        *refs, k_cache_ref, v_cache_ref = refs
+        stop, places = last, (heads + head, heads + heads // group + head)
+        # Before the loop: there is nothing to wait for then where it ends.
+        k_row, v_row = (rows_ref[pl.ds(place, 1), :] for place in places)
+        k_new, v_new = (_first_row(rows_ref, place) for place in places)
 
     def add(number: Any, carry: Any) -> Any:
-        peak, norm, total = carry
         place = number * step
         k, v = k_ref[pl.ds(place, step), :], v_ref[pl.ds(place, step), :]
-        scores = where_seen(scores_of(q, k), rows + first, rows + last, place)
-        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
-        weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
-        total = total * shrink[:, None] + product(weights.astype(v.dtype), v, (1, 0))
-        return new_peak, norm * shrink + jnp.sum(weights, axis=1), total
+        return _with_keys(carry, where_seen(scores_of(q, k), rows + first, rows + stop - 1, place), v)
 
     # A slot's own keys are shared out, not those of the cache: of a long cache most slots fill a part.
-    begin, end = first // step, last // step + 1
+    begin, end = first // step, (stop + step - 1) // step
     share = pl.cdiv(end - begin, splits)
     low = begin + split * share
     high = jnp.minimum(low + share, end)
-    zeros = jnp.zeros(q.shape[:1], jnp.float32)
-    start = (zeros + MASKED_SCORE, zeros, jnp.zeros(q.shape, jnp.float32))
-    peak, norm, total = jax.lax.fori_loop(low, high, add, start)
-    if len(result_refs) == 1:
-        (out_ref,) = result_refs
+    found = zeros + MASKED_SCORE, zeros, jnp.zeros(q.shape, jnp.float32)
+    found = jax.lax.fori_loop(low, high, add, found)
+    if extends:
+        # One of the instances writes the newest token, and sees it as the first key of a block of its own. Who reads
+        # the block that it is in does not look at its place.
+        for row, ref in ((k_row, k_cache_ref), (v_row, v_cache_ref)):
+            here = jnp.broadcast_to(split == 0, row.shape)
+            triton_backend.store(ref.at[pl.ds(last, 1), :], row, mask=here)
+        newest = where_seen(scores_of(q, k_new), rows, rows - jnp.minimum(split, 1), 0)
+        found = _with_keys(found, newest, v_new)
+    peak, norm, total = found
+    if len(refs) == 1:
+        (out_ref,) = refs
         triton_backend.store(out_ref.at[...], (total / norm[:, None]).astype(out_ref.dtype), mask=there)
     else:
-        total_ref, peak_ref, norm_ref = result_refs
+        total_ref, peak_ref, norm_ref = refs
         total_ref[...], peak_ref[...], norm_ref[...] = total, peak, norm
+
+
+def _with_keys(found: Any, scores: Any, v: Any) -> Any:
+    """Peak, norm and sum of values with some more keys."""
+    peak, norm, total = found
+    new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
+    weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
+    total = total * shrink[:, None] + product(weights.astype(v.dtype), v, (1, 0))
+    return new_peak, norm * shrink + jnp.sum(weights, axis=1), total
+
+
+def _first_row(rows_ref: Any, place: Any) -> Any:
+    """One row as the first of a block, the smallest that there is, whose others are 0."""
+    first = jnp.arange(SMALLEST_ROWS)[:, None] == 0
+    return triton_backend.load(rows_ref.at[pl.ds(place, SMALLEST_ROWS), :], mask=first, other=0.0)
