@@ -123,9 +123,9 @@ def attention(report: Report) -> str:
 
 
 def decode_attention(report: Report) -> str:
-    """Dense and the usual kernel, and of the others the three that are the fastest in some case."""
+    """Dense, the usual kernel and an older one, and of the others the three that are the fastest in some case."""
     cases = [{k: v for k, v in case["kernels"].items() if "error" not in v} for case in report["cases"]]
-    shown = ["dense", "usual"]
+    shown = [name for name in ("dense", "usual", "before") if any(name in kernels for kernels in cases)]
     for kernels in cases:
         shown += sorted(kernels, key=lambda name: kernels[name]["seconds"])[:3]
     columns = ["By"]

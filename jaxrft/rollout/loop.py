@@ -11,7 +11,7 @@ import numpy as np
 from jaxrft.rollout.programs import Caches, Prefilled, Programs
 from jaxrft.rollout.records import OnFinished, SamplingParams
 from jaxrft.rollout.sampling import modes, sampling_values
-from jaxrft.rollout.scheduler import Group, Scheduler, cache_bucket, pad_prompts
+from jaxrft.rollout.scheduler import Group, Scheduler, cache_bucket, pad_prompts, whole_cache
 from jaxrft.rollout.slots import SlotState
 from jaxrft.rollout.weights import Leaf
 
@@ -105,7 +105,7 @@ class Loop:
         return True
 
     def _fit_caches(self, length: int) -> SlotState:
-        length = cache_bucket(length if self._grows else self._max_length, self._max_length)
+        length = cache_bucket(length, self._max_length) if self._grows else whole_cache(self._max_length)
         if self._state is None:
             slots = self._scheduler.slots
             self._state, self._caches = self._programs.begin(self._leaves, self._values, slots=slots, length=length)

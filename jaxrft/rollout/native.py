@@ -16,7 +16,7 @@ from jaxrft.rollout.loop import Loop
 from jaxrft.rollout.programs import programs_of
 from jaxrft.rollout.records import Completion, OnFinished, Request, SamplingParams
 from jaxrft.rollout.sampling import eos_ids_of, stop_token_ids
-from jaxrft.rollout.scheduler import Scheduler, cache_bucket, power_of_two
+from jaxrft.rollout.scheduler import Scheduler, power_of_two, whole_cache
 
 
 class NativeEngine:
@@ -85,7 +85,7 @@ class NativeEngine:
         self.update_weights(params, version=0)
         self._vocab_size, self._dtype = model.spec.vocab_size, jax.numpy.dtype(model.dtype)
         # A kernel that reads what a slot has needs no shorter caches, each of which is programs of its own.
-        self._grows = model.reads_whole_caches(cache_bucket(max_length, max_length))
+        self._grows = model.reads_whole_caches(whole_cache(max_length))
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids_of(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._max_slots, self._max_length = max_slots, max_length

@@ -18,6 +18,8 @@ EMPTY = -1
 SMALLEST_BUCKET = 16
 # Reading fewer tokens hardly pays, and each length is programs of its own.
 SMALLEST_CACHE = 64
+# Keys that the decode kernel takes at a time, where they divide a cache.
+KERNEL_BLOCK = 64
 
 
 def power_of_two(count: int) -> int:
@@ -32,6 +34,11 @@ def cache_bucket(length: int, maximum: int) -> int:
     """
     sizes = halvings(maximum, SMALLEST_BUCKET)
     return next(size for size in sizes if size >= max(length, min(SMALLEST_CACHE, sizes[-1])))
+
+
+def whole_cache(maximum: int) -> int:
+    """Tokens of a cache that a kernel reads as far as it is filled: the maximum, rounded up to the kernel's blocks."""
+    return -(-maximum // KERNEL_BLOCK) * KERNEL_BLOCK
 
 
 def prompt_bucket(length: int, maximum: int) -> int:

@@ -29,14 +29,13 @@ def test_decoding_is_compared_with_all_keys_and_with_the_bytes_read(monkeypatch,
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     output = tmp_path / "report.json"
     command = "--shapes small --slots 3 --keys 48 --filled 32 --layers 2 --dtype float32 --repeats 1"
-    command += f" --tiles 16x2x3 3x1x1 --splits 2 --output {output}"
+    command += f" --tiles 16x2x3 24x1x1 --splits 2 --output {output}"
     importlib.import_module("decode_attention").main(command.split())
     report = json.loads(output.read_text())
     [case] = report["cases"]
     kernels = case["kernels"]
-    assert list(kernels) == ["dense", "usual", "16x2x3", "16x2x3/2", "3x1x1", "3x1x1/2"]
-    assert "takes a multiple of 16" in kernels.pop("3x1x1")["error"]
-    assert kernels.pop("3x1x1/2")["error"]
+    assert list(kernels) == ["dense", "usual", "16x2x3", "16x2x3/2", "24x1x1", "24x1x1/2"]
+    assert all("takes a power of two" in kernels.pop(name)["error"] for name in ("24x1x1", "24x1x1/2"))
     # Keys and values of two heads of 64 float32 numbers, of 24 to 40 places a slot.
     assert 3 * 24 <= case["bytes"] / (2 * 2 * 64 * 4) <= 3 * 40
     for found in kernels.values():
@@ -44,6 +43,26 @@ def test_decoding_is_compared_with_all_keys_and_with_the_bytes_read(monkeypatch,
         assert found["over_floor"] == pytest.approx(
             found["seconds"] * report["copy"]["bytes_per_second"] / case["bytes"]
         )
+
+
+def test_a_kernel_that_does_not_write_has_no_gap_that_is_finite(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("decode_attention")
+    extend = benchmark.extend_triton_decode
+    monkeypatch.setattr(benchmark, "extend_triton_decode", lambda *arguments: (extend(*arguments)[0], arguments[2]))
+    command = "--shapes small --slots 3 --keys 48 --filled 32 --layers 2 --dtype float32 --repeats 1"
+    [case] = benchmark.main(command.split())["cases"]
+    assert case["kernels"]["usual"]["gap"] == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [("--tiles 16x2", "invalid tile"), ("--filled 3", "4 to 307"), ("--filled 308", "4 to 307")]
+)
+def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, options, message):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with pytest.raises(SystemExit):
+        importlib.import_module("decode_attention").main(options.split())
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("platform", "calls"), [("cpu", 1), ("gpu", 10)])

@@ -10,16 +10,17 @@ import pytest
 
 from jaxrft import parallel
 from jaxrft.models import attention
-from jaxrft.models.attention import attend_cached, cache_mask, choice
+from jaxrft.models.attention import attend_cached, cache_mask, choice, triton_decode
 from jaxrft.models.attention.dense import attend_dense
 from jaxrft.models.attention.triton_decode import (
     DecodeTile,
     attend_triton_decode,
     extend_triton_decode,
     usual_splits,
+    usual_tile,
 )
 from jaxrft.models.layers import LayerCache
-from tests.jaxprs import count
+from tests.jaxprs import count, equations
 from tests.models.test_attention import reference
 
 
@@ -94,24 +95,27 @@ def test_16_bits_go_into_the_cache_as_they_are():
 
 
 def test_one_kernel_writes_and_attends():
-    """Nothing is scattered beside it, and caches are its arguments and results."""
+    """Nothing is scattered beside it, and the caches that it gives are those that it takes."""
     query, new, cache = random_slots(3, 4, 2, 48, 16)
     for kernel, scatters, kernels in (("dense", 2, 0), ("triton_decode", 0, 1)):
         mask = cache_mask(jnp.array([0, 20, 47]), kernel=kernel)
         trace = jax.make_jaxpr(functools.partial(attend_cached, window=48))(query, new, cache, mask)
         assert count(trace.jaxpr, "scatter") == scatters
-        assert count(trace.jaxpr, "pallas_call") == kernels
+        calls = [found for found, _ in equations(trace.jaxpr) if found.primitive.name == "pallas_call"]
+        assert [call.params["input_output_aliases"] for call in calls] == [((1, 1), (2, 2))] * kernels
 
 
-def test_only_a_part_of_the_cache_is_looked_at():
-    """By whole scores, which would look at all of it."""
-    query, new, cache = random_slots(2, 4, 2, 64, 16)
-    mask = cache_mask(jnp.array([3, 15]))
-    expected, _ = attend_cached(query, new, cache, mask, 64)
+@pytest.mark.parametrize(("kernel", "keys"), [("dense", 64), ("triton_decode", 64), ("triton_decode", 40)])
+def test_only_a_part_of_the_cache_is_looked_at(kernel, keys):
+    """Also of a cache that the kernel could not take whole."""
+    query, new, cache = random_slots(2, 4, 2, keys, 16)
+    mask = cache_mask(jnp.array([3, 15]), kernel=kernel)
+    expected, _ = attend_cached(query, new, cache, dataclasses.replace(mask, kernel="dense"), keys)
     cache = tuple(part.at[:, :, 16:].set(jnp.nan) for part in cache)
     out, after = attend_cached(query, new, cache, mask, 16)
     np.testing.assert_allclose(out, expected, atol=2e-6)
-    assert after[0].shape[2] == 64
+    assert after[0].shape[2] == keys
+    np.testing.assert_array_equal(after[0][1, :, 15], new[0][1, :, 0])
 
 
 def test_on_meshes(run_python):
@@ -170,8 +174,12 @@ def test_decoding_reads_what_each_slot_has(splits, window):
 
 
 def test_keys_are_split_where_they_are_many_and_heads_few():
-    heads_and_keys = [(1, 384), (2, 512), (2, 640), (32, 4096), (128, 4096), (512, 4096)]
-    assert [usual_splits(*case) for case in heads_and_keys] == [1, 4, 5, 5, 2, 1]
+    heads_and_keys = [(1, 384), (2, 512), (2, 640), (32, 4096), (128, 4096), (512, 512), (1024, 4096)]
+    assert [usual_splits(*case) for case in heads_and_keys] == [1, 4, 5, 16, 4, 1, 1]
+
+
+def test_steps_are_large_where_all_instances_fit():
+    assert [usual_tile(count, 128).step for count in (1, 264, 265, 512)] == [64, 64, 32, 32]
 
 
 @pytest.mark.parametrize("tile", [DecodeTile(16, 2, 3), DecodeTile(64, 4, 2), DecodeTile(128, 4, 2)])
@@ -186,6 +194,12 @@ def test_how_the_decode_kernel_is_cut_changes_nothing(tile):
     for splits in (None, 2):
         found = attend_triton_decode(query, key, value, mask, splits=splits, tile=tile)
         np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_a_step_is_a_power_of_two():
+    query, new, cache = random_slots(1, 2, 2, 96, 16)
+    with pytest.raises(ValueError, match="got a step of 48 keys, takes a power of two"):
+        extend_triton_decode(query, new, cache, cache_mask(jnp.array([3])), tile=DecodeTile(48, 4, 2))
 
 
 def test_decoding_refuses_a_cache_that_is_no_multiple_of_16():
@@ -207,6 +221,21 @@ def test_the_decode_kernel_is_tried_before_it_is_taken(monkeypatch):
         found = []
         jax.jit(lambda x, found=found: found.append(choice.probe(*arguments)) or x)(1.0)
         assert (found[0] is None) if expected is None else (expected in found[0])
+    choice.probe.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", [1, 4])
+def test_it_is_tried_with_and_without_splits(monkeypatch, wrong):
+    """Which are two programs: one that is wrong is found out, whichever it is."""
+    run = triton_decode._run
+
+    def run_wrongly(*arguments):
+        found = run(*arguments)
+        return [found[0] * (2 if arguments[5] == wrong else 1), *found[1:]]
+
+    monkeypatch.setattr(triton_decode, "_run", run_wrongly)
+    choice.probe.cache_clear()
+    assert "gives wrong values" in choice.probe("triton_decode", "float32", 16)
     choice.probe.cache_clear()
 
 

@@ -18,6 +18,9 @@ from jaxrft.models.attention.cudnn import attend_cudnn
 from jaxrft.models.attention.dense import attend_dense
 from jaxrft.models.attention.mask import AttentionMask, cache_mask, causal_mask, segment_starts
 
+# Each [slots, kv_heads, length, head_dim].
+KeyValue = tuple[Array, Array]
+
 __all__ = ["KERNELS", "AttentionMask", "attend", "attend_cached", "cache_mask", "causal_mask", "segment_starts"]
 
 
@@ -33,9 +36,6 @@ def _triton_decode(query: Array, key: Array, value: Array, mask: AttentionMask) 
 
     return attend_triton_decode(query, key, value, mask)
 
-
-# Keys and values.
-Cache = tuple[Array, Array]
 
 KERNELS: dict[str, Callable[..., Array]] = {
     "dense": attend_dense,
@@ -69,16 +69,16 @@ def attend(
 
 def attend_cached(
     query: Float[Array, "slots 1 heads head_dim"],
-    new: Cache,
-    cache: Cache,
+    new: KeyValue,
+    cache: KeyValue,
     mask: AttentionMask,
     window: int,
-) -> tuple[Float[Array, "slots 1 heads head_dim"], Cache]:
+) -> tuple[Float[Array, "slots 1 heads head_dim"], KeyValue]:
     """Writes each slot's newest token to its cache, and attends from it to what it sees of that.
 
     Args:
-        new: keys and values of the newest token, each [slots, kv_heads, 1, head_dim].
-        cache: keys and values, each [slots, kv_heads, length, head_dim].
+        new: key and value of the newest token, of length 1.
+        cache: keys and values of those before it.
         mask: as ``cache_mask`` makes it: the newest token stands at its ``last``.
         window: static; every ``last`` is below it.
 
@@ -86,16 +86,19 @@ def attend_cached(
         What ``attend`` gives, and the cache with the newest token.
     """
     layout = parallel.current()
-    if mask.kernel != "triton_decode" or not _heads_lie_together(query, cache[0], layout):
-        cache = _written(new, cache, mask)
-        return attend(query, *(part[:, :, :window] for part in cache), mask), cache
+    whole = window == cache[0].shape[2]
+    if mask.kernel != "triton_decode" or not whole or not _heads_lie_together(query, cache[0], layout):
+        key, value = _written(new, cache, mask)
+        return attend(query, key[:, :, :window], value[:, :, :window], mask), (key, value)
     # One kernel writes and attends.
     if layout is None:
         return _extend_locally(query, new, cache, mask)
+    # A pair of another type is another kind of tree.
+    new, cache = (new[0], new[1]), (cache[0], cache[1])
     queries, keys, masks = _specs(query, mask, layout)
     specs = (queries, (keys, keys), (keys, keys), masks)
     sharded = jax.shard_map(_extend_locally, mesh=layout.mesh, in_specs=specs, out_specs=(queries, (keys, keys)))
-    return sharded(query, tuple(new), tuple(cache), mask)
+    return sharded(query, new, cache, mask)
 
 
 def _heads_lie_together(query: Array, key: Array, layout: parallel.Layout | None) -> bool:
@@ -107,7 +110,7 @@ def _heads_lie_together(query: Array, key: Array, layout: parallel.Layout | None
     return queries[2] is None or aligned_kv_heads(query.shape[2], key.shape[1], tensor) == key.shape[1]
 
 
-def _written(new: Cache, cache: Cache, mask: AttentionMask) -> Cache:
+def _written(new: KeyValue, cache: KeyValue, mask: AttentionMask) -> KeyValue:
     rows, places = jnp.arange(cache[0].shape[0]), mask.last[:, 0]
     # Each row is another: a GPU stores without asking who else writes there.
     known: dict[str, Any] = {"unique_indices": True, "mode": "promise_in_bounds"}
@@ -115,7 +118,7 @@ def _written(new: Cache, cache: Cache, mask: AttentionMask) -> Cache:
     return key, value
 
 
-def _extend_locally(query: Array, new: Cache, cache: Cache, mask: AttentionMask) -> tuple[Array, Cache]:
+def _extend_locally(query: Array, new: KeyValue, cache: KeyValue, mask: AttentionMask) -> tuple[Array, KeyValue]:
     from jaxrft.models.attention.triton_decode import extend_triton_decode
 
     return extend_triton_decode(*_own((query, new, cache, mask)))

@@ -15,6 +15,9 @@ from jaxrft.models.trial import fault
 
 # Of a kernel's result and gradients from those of whole scores, of the largest of them: some roundings of bfloat16.
 PROBE_TOLERANCE = 0.05
+# What is compared.
+GRADIENTS: tuple[str, ...] = ("values", "gradients of queries", "of keys", "of values")
+DECODED = ("values", "values with a new token", "keys of the cache", "values of the cache") * 2
 
 
 @functools.lru_cache(maxsize=32)
@@ -27,29 +30,30 @@ def probe(kernel: str, dtype: str, head_dim: int, window: int | None = None, pac
     Returns:
         What is wrong; None: nothing is.
     """
-    decodes = kernel == "triton_decode"
-    run = _decoded if decodes else _probed
-    names = ("values", "gradients of queries", "of keys", "of values")
-    if decodes:
-        names = ("values", "values with a new token", "keys of the cache", "values of the cache")
+    run, names = _probed, GRADIENTS
+    if kernel == "triton_decode":
+        run, names = _decoded, DECODED
     tried, plain = (functools.partial(run, name, packed, dtype, head_dim, window) for name in (kernel, "dense"))
     return fault(tried, plain, names, PROBE_TOLERANCE)
 
 
 def _decoded(kernel: str, packed: bool, dtype: str, head_dim: int, window: int | None) -> list[np.ndarray]:
-    """One query a slot, to caches of which some are hardly filled; so long that their keys are split."""
-    slots, keys, heads, kv_heads = 3, 512, 6, 2
+    """One query a slot, to caches of which some are hardly filled; of lengths at which keys are split and are not."""
+    return [array for keys in (256, 512) for array in _decoded_from(keys, kernel, dtype, head_dim, window)]
+
+
+def _decoded_from(keys: int, kernel: str, dtype: str, head_dim: int, window: int | None) -> list[np.ndarray]:
+    slots, heads, kv_heads = 3, 6, 2
     rng = np.random.default_rng(0)
-    shapes = [
-        (slots, 1, heads, head_dim),
-        *[(slots, kv_heads, keys, head_dim)] * 2,
-        *[(slots, kv_heads, 1, head_dim)] * 2,
-    ]
+    lengths = (1, 1, keys, keys)
+    shapes = [(slots, 1, heads, head_dim), *((slots, kv_heads, length, head_dim) for length in lengths)]
     query, *arrays = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-    cache, new = tuple(arrays[:2]), tuple(arrays[2:])
-    mask = cache_mask(jnp.array([0, 300, keys - 1]), window, kernel)
-    seen = jax.jit(KERNELS[kernel])(query, *cache, mask)
-    extended, cache = jax.jit(functools.partial(attend_cached, window=keys))(query, new, cache, mask)
+    new, cache = tuple(arrays[:2]), tuple(arrays[2:])
+    mask = cache_mask(jnp.array([0, 150, keys - 1]), window, kernel)
+    seen = jax.jit(functools.partial(KERNELS[kernel], mask=mask))(query, *cache)
+    # In place, as an engine has it.
+    extend = jax.jit(functools.partial(attend_cached, window=keys), donate_argnums=2)
+    extended, cache = extend(query, new, cache, mask)
     return [np.asarray(a, np.float32) for a in (seen, extended, *cache)]
 
 

@@ -24,10 +24,12 @@ from jaxrft.models.attention.triton_kernels import product, scores_of, where_see
 
 # A tensor core's smallest block of rows.
 SMALLEST_ROWS = 16
-# The multiprocessors of an H100 or H200.
-INSTANCES = 132
-# What several instances find is joined by a kernel of its own, which takes time: of caches of 384 places one instance
-# for all of a slot's keys was the faster, with 16 and with 64 slots.
+# Of an H100 or H200.
+MULTIPROCESSORS = 132
+# Instances that are on a multiprocessor at a time: each has three blocks of keys and values in shared memory.
+RESIDENT_LARGE, RESIDENT_SMALL = 2, 4
+# Places of a cache from which several instances share a slot's keys. What they find is joined by kernels of their own:
+# with 384 places one instance was the faster (see docs/performance.md); longer caches have not been measured.
 SPLIT_FROM = 512
 SMALLEST_SPLIT = 128
 
@@ -46,14 +48,21 @@ class DecodeTile(NamedTuple):
     stages: int
 
 
-def usual(head_dim: int) -> DecodeTile:
-    """By measurements on an H200: small instances, so that four or more of them are on a multiprocessor at a time."""
-    return DecodeTile(32, 2 if head_dim <= 64 else 4, 3)
-
-
 def usual_splits(heads: int, keys: int) -> int:
-    """Instances that share the keys of one of so many heads of all slots: as many as fill the GPU."""
-    return 1 if keys < SPLIT_FROM else min(-(-INSTANCES // heads), keys // SMALLEST_SPLIT)
+    """Instances that share the keys of one of so many key heads of all slots: as many as are on a GPU at a time."""
+    if keys < SPLIT_FROM:
+        return 1
+    return min(max(RESIDENT_SMALL * MULTIPROCESSORS // heads, 1), keys // SMALLEST_SPLIT)
+
+
+def usual_tile(instances: int, head_dim: int) -> DecodeTile:
+    """Small steps where there are more instances than fit on a GPU with large ones.
+
+    By measurements on an H200 with heads of 128 channels, and of 64 for many instances; others go by these.
+    """
+    if instances <= RESIDENT_LARGE * MULTIPROCESSORS:
+        return DecodeTile(64, 4, 3)
+    return DecodeTile(32, 2 if head_dim <= 64 else 4, 3)
 
 
 def attend_triton_decode(
@@ -70,11 +79,11 @@ def attend_triton_decode(
     Args:
         key: a multiple of 16 of them.
         splits: instances that share the keys of a slot; None: the usual number.
-        tile: None takes the usual one of the head size; of fewer keys at a time where they are no multiple of its step.
+        tile: None: the usual one; of fewer keys at a time where they are no multiple of its step.
         interpret: run the kernel without Triton; None: where there is no GPU.
 
     Raises:
-        ValueError: the number of keys is not a multiple of 16.
+        ValueError: the number of keys is not a multiple of 16, or the tile's no power of two.
     """
     return _attend(query, (), (key, value), mask, splits, tile, interpret)[0]
 
@@ -97,7 +106,7 @@ def extend_triton_decode(
         splits, tile, interpret: as above.
 
     Raises:
-        ValueError: the number of keys is not a multiple of 16.
+        ValueError: the number of keys is not a multiple of 16, or the tile's no power of two.
     """
     out, *cache = _attend(query, new, cache, mask, splits, tile, interpret)
     return out, (cache[0], cache[1])
@@ -107,17 +116,19 @@ def _attend(query, new, cache, mask, splits, tile, interpret):
     """The result, and where there is a new key and value the cache with them."""
     slots, _, heads, head_dim = query.shape
     kv_heads, keys = cache[0].shape[1], cache[0].shape[2]
-    tile = tile or usual(head_dim)
+    splits = usual_splits(slots * kv_heads, keys) if splits is None else splits
+    tile = tile or usual_tile(slots * kv_heads * splits, head_dim)
+    if tile.step & (tile.step - 1):
+        raise ValueError(f"tile: got a step of {tile.step} keys, takes a power of two")
     tile = tile._replace(step=math.gcd(keys, tile.step))
     if tile.step < SMALLEST_ROWS:
         raise ValueError(f"key: got {keys} cached tokens, takes a multiple of {SMALLEST_ROWS}")
-    splits = splits or usual_splits(slots * kv_heads, keys)
     if interpret is None:
         interpret = jax.default_backend() == "cpu"
     # Side by side: what makes them is one kernel then, in place of three.
-    rows = jnp.concatenate([query[:, 0], *(part[:, :, 0] for part in new)], axis=1)
+    packed = jnp.concatenate([query[:, 0], *(part[:, :, 0] for part in new)], axis=1)
     places = tuple(jnp.broadcast_to(a[:, 0], (slots,)) for a in (mask.first, mask.last))
-    found = _run(rows, heads, cache, places, tile, splits, interpret)
+    found = _run(packed, heads, cache, places, tile, splits, interpret)
     parts, cache = found[: len(found) - len(new)], found[len(found) - len(new) :]
     out = parts[0] if splits == 1 else _joined(parts, heads // kv_heads).astype(query.dtype)
     return out.reshape(query.shape), *cache
@@ -131,25 +142,25 @@ def _joined(found, group):
     return jnp.sum(total * weights[..., None], axis=2) / jnp.sum(norm * weights, axis=2)[..., None]
 
 
-def _run(rows, heads, cache, places, tile, splits, interpret):
+def _run(packed, heads, cache, places, tile, splits, interpret):
     """The result itself where one split has all keys; else each split's, not yet divided, with its peak and norm.
 
     Behind these the cache, where there is a new key and value.
 
     Args:
-        rows: [slots, heads, head_dim]; with a new key and value the key heads of both stand behind the queries'.
+        packed: [slots, heads, head_dim]; with a new key and value the key heads of both stand behind the queries'.
     """
-    slots, rows_a_slot, head_dim = rows.shape
+    slots, all_heads, head_dim = packed.shape
     kv_heads, keys = cache[0].shape[1:3]
-    group, extends = heads // kv_heads, rows_a_slot > heads
+    group, extends = heads // kv_heads, all_heads > heads
     # Whole tiles, though there may be fewer heads: what is behind them is neither read nor written.
     tile_rows = max(SMALLEST_ROWS, pl.next_power_of_2(group))
     # With room behind them for the tile that begins with the last one.
-    all_rows = pl.BlockSpec((None, rows_a_slot + tile_rows, head_dim), lambda s, h, p: (s, 0, 0))
+    all_rows = pl.BlockSpec((None, all_heads + tile_rows, head_dim), lambda s, h, p: (s, 0, 0))
     all_keys = pl.BlockSpec((None, None, keys, head_dim), lambda s, h, p: (s, h, 0, 0))
     numbers = pl.BlockSpec((slots,), lambda s, h, p: (0,))
     out = pl.BlockSpec((None, None, tile_rows, head_dim), lambda s, h, p: (s, h, 0, 0))
-    results = [((slots, kv_heads, group, head_dim), rows.dtype, out)]
+    results: list[Any] = [((slots, kv_heads, group, head_dim), packed.dtype, out)]
     if splits > 1:
         shape = (slots, kv_heads, splits, tile_rows)
         whole = pl.BlockSpec((None, None, None, tile_rows, head_dim), lambda s, h, p: (s, h, p, 0, 0))
@@ -162,7 +173,7 @@ def _run(rows, heads, cache, places, tile, splits, interpret):
             _kernel, step=tile.step, splits=splits, heads=heads, group=group, tile_rows=tile_rows, extends=extends
         ),
         (slots, kv_heads, splits),
-        (rows, *cache, *places),
+        (packed, *cache, *places),
         [all_rows, all_keys, all_keys, numbers, numbers],
         results,
         interpret,
@@ -172,25 +183,26 @@ def _run(rows, heads, cache, places, tile, splits, interpret):
     )
 
 
-def _kernel(rows_ref, k_ref, v_ref, first_ref, last_ref, *refs, step, splits, heads, group, tile_rows, extends):
+def _kernel(packed_ref, k_ref, v_ref, first_ref, last_ref, *refs, step, splits, heads, group, tile_rows, extends):
     slot, head, split = (pl.program_id(i) for i in range(3))
     first, last = first_ref[slot], last_ref[slot]
     there = jnp.arange(tile_rows)[:, None] < group
-    q = triton_backend.load(rows_ref.at[pl.ds(head * group, tile_rows), :], mask=there, other=0.0)
-    rows, zeros = jnp.zeros(q.shape[:1], jnp.int32), jnp.zeros(q.shape[:1], jnp.float32)
+    q = triton_backend.load(packed_ref.at[pl.ds(head * group, tile_rows), :], mask=there, other=0.0)
+    zeros, zero_places = jnp.zeros(q.shape[:1], jnp.float32), jnp.zeros(q.shape[:1], jnp.int32)
     # Cached keys that are seen stand before this place.
     stop = last + 1
+    result_refs = refs[:-2] if extends else refs
     if extends:
-        *refs, k_cache_ref, v_cache_ref = refs
+        k_cache_ref, v_cache_ref = refs[-2:]
         stop, places = last, (heads + head, heads + heads // group + head)
         # Before the loop: there is nothing to wait for then where it ends.
-        k_row, v_row = (rows_ref[pl.ds(place, 1), :] for place in places)
-        k_new, v_new = (_first_row(rows_ref, place) for place in places)
+        k_row, v_row = (packed_ref[pl.ds(place, 1), :] for place in places)
+        k_new, v_new = (_alone(packed_ref, place) for place in places)
 
     def add(number: Any, carry: Any) -> Any:
         place = number * step
         k, v = k_ref[pl.ds(place, step), :], v_ref[pl.ds(place, step), :]
-        return _with_keys(carry, where_seen(scores_of(q, k), rows + first, rows + stop - 1, place), v)
+        return _with_keys(carry, where_seen(scores_of(q, k), zero_places + first, zero_places + stop - 1, place), v)
 
     # A slot's own keys are shared out, not those of the cache: of a long cache most slots fill a part.
     begin, end = first // step, (stop + step - 1) // step
@@ -200,19 +212,19 @@ def _kernel(rows_ref, k_ref, v_ref, first_ref, last_ref, *refs, step, splits, he
     found = zeros + MASKED_SCORE, zeros, jnp.zeros(q.shape, jnp.float32)
     found = jax.lax.fori_loop(low, high, add, found)
     if extends:
-        # One of the instances writes the newest token, and sees it as the first key of a block of its own. Who reads
-        # the block that it is in does not look at its place.
+        # One of the instances writes the newest token, and sees it as the first key of a block of its own. Others may
+        # read its place meanwhile, and multiply by 0 what they find, which must be finite.
         for row, ref in ((k_row, k_cache_ref), (v_row, v_cache_ref)):
             here = jnp.broadcast_to(split == 0, row.shape)
             triton_backend.store(ref.at[pl.ds(last, 1), :], row, mask=here)
-        newest = where_seen(scores_of(q, k_new), rows, rows - jnp.minimum(split, 1), 0)
+        newest = where_seen(scores_of(q, k_new), zero_places, zero_places - jnp.minimum(split, 1), 0)
         found = _with_keys(found, newest, v_new)
     peak, norm, total = found
-    if len(refs) == 1:
-        (out_ref,) = refs
+    if splits == 1:
+        (out_ref,) = result_refs
         triton_backend.store(out_ref.at[...], (total / norm[:, None]).astype(out_ref.dtype), mask=there)
     else:
-        total_ref, peak_ref, norm_ref = refs
+        total_ref, peak_ref, norm_ref = result_refs
         total_ref[...], peak_ref[...], norm_ref[...] = total, peak, norm
 
 
@@ -225,7 +237,7 @@ def _with_keys(found: Any, scores: Any, v: Any) -> Any:
     return new_peak, norm * shrink + jnp.sum(weights, axis=1), total
 
 
-def _first_row(rows_ref: Any, place: Any) -> Any:
-    """One row as the first of a block, the smallest that there is, whose others are 0."""
+def _alone(packed_ref: Any, place: Any) -> Any:
+    """One row, as the first of the smallest block that there is, whose others are 0."""
     first = jnp.arange(SMALLEST_ROWS)[:, None] == 0
-    return triton_backend.load(rows_ref.at[pl.ds(place, SMALLEST_ROWS), :], mask=first, other=0.0)
+    return triton_backend.load(packed_ref.at[pl.ds(place, SMALLEST_ROWS), :], mask=first, other=0.0)
