@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,32 @@ def check_meshes():
         np.testing.assert_allclose(out, expected, atol=2e-6, err_msg=str(sizes))
         for part, want in zip(after, caches):
             np.testing.assert_array_equal(part, want)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="a mesh of CPUs names no GPU to translate Triton's kernels for"
+)
+def test_on_a_mesh_each_device_has_a_triton_program_that_changes_its_cache(run_python):
+    run_python(f"from {__name__} import check_program; check_program()", devices=4)
+
+
+def check_program():
+    layout = parallel.Layout(parallel.make_mesh(1, 2, 1, 2), decoding=True)
+    lengths = ((4, 1, 4, 64), *[(4, 2, 1, 64)] * 2, *[(4, 2, 48, 64)] * 2)
+    query, *parts = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in lengths)
+
+    def run(query, new, cache, positions):
+        return attend_cached(query, new, cache, cache_mask(positions, kernel="triton_decode"), 48)
+
+    target = "__gpu$xla.gpu.triton"
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(target)]
+    with layout.use(), mock.patch.object(jax, "default_backend", return_value="gpu"):
+        export = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=allowed)
+        text = export(query, tuple(parts[:2]), tuple(parts[2:]), jax.ShapeDtypeStruct((4,), jnp.int32)).mlir_module()
+    [call] = [line for line in text.splitlines() if f"@{target}" in line]
+    # Two of the slots, and one of the key heads with its two query heads.
+    assert "tensor<2x4x64xbf16>, tensor<2x1x48x64xbf16>, tensor<2x1x48x64xbf16>" in call
+    assert call.count("output_operand_alias<") == 2
 
 
 @pytest.mark.parametrize("window", [None, 5])

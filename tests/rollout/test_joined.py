@@ -78,7 +78,7 @@ def test_caches_of_one_length_where_a_kernel_reads_what_a_slot_has(monkeypatch) 
     # First come short prompts, then long ones.
     model, requests = random_model(), random_requests(4, longest=3) + random_requests(2, seed=4, longest=45)
     monkeypatch.setattr(scheduler, "SMALLEST_CACHE", 16)
-    settings = {"max_slots": 4, "max_length": 64, "eos_token_ids": [EOS]}
+    settings = {"max_slots": 4, "max_length": 70, "eos_token_ids": [EOS]}
     found, names = [], []
     for kernel in ("dense", "triton_decode"):
         programs.programs_of.cache_clear()
@@ -93,3 +93,5 @@ def test_caches_of_one_length_where_a_kernel_reads_what_a_slot_has(monkeypatch) 
     assert names[0].count("decode") > 1
     assert "resize" in names[0]
     assert [names[1].count(name) for name in ("begin", "decode", "resize")] == [1, 1, 0]
+    # Whole blocks of the kernel.
+    assert [key for key in engine._programs.compiled if key[0] == "begin"] == [("begin", 4, 128)]

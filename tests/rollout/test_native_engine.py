@@ -199,6 +199,7 @@ def test_a_cache_is_no_shorter_than_pays(monkeypatch) -> None:
     assert short == [96] * 4
     assert long == [128, 128, 128, 1008]
     assert [scheduler.cache_bucket(length, 128) for length in (1, 64, 65)] == [64, 64, 128]
+    assert [scheduler.whole_cache(most) for most in (2, 64, 65, 1000)] == [64, 64, 128, 1024]
 
 
 def test_caches_are_changed_in_place() -> None:
