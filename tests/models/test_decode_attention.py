@@ -21,6 +21,7 @@ from jaxrft.models.attention.triton_decode import (
     usual_tile,
 )
 from jaxrft.models.layers import LayerCache
+from jaxrft.rollout.scheduler import KERNEL_BLOCK
 from tests.jaxprs import count, equations
 from tests.models.test_attention import reference
 
@@ -207,6 +208,12 @@ def test_keys_are_split_where_they_are_many_and_heads_few():
 
 def test_steps_are_large_where_all_instances_fit():
     assert [usual_tile(count, 128).step for count in (1, 264, 265, 512)] == [64, 64, 32, 32]
+
+
+@pytest.mark.parametrize("head_dim", choice.TRITON_HEAD_DIMS)
+def test_caches_of_an_engine_are_whole_blocks_of_any_step(head_dim):
+    """A cache that the step does not divide would be read in smaller ones."""
+    assert all(KERNEL_BLOCK % usual_tile(count, head_dim).step == 0 for count in (1, 1000))
 
 
 @pytest.mark.parametrize("tile", [DecodeTile(16, 2, 3), DecodeTile(64, 4, 2), DecodeTile(128, 4, 2)])

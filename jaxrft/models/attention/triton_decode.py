@@ -1,8 +1,8 @@
 """Attention of each slot's newest token to its cache, as a Pallas kernel that Triton compiles.
 
-A cache is as long as the longest slot needs; of a shorter slot's only what it has is read. The keys of a slot are
-split over several instances (as in Flash-Decoding), so that few slots keep a GPU busy too, and what these find is
-joined after them.
+A cache is as long as the longest slot needs; of a shorter slot's only what it has is read. The kernel may also put the
+newest token's key and value there. The keys of a slot are split over several instances where caches are long (as in
+Flash-Decoding), so that few slots keep a GPU busy too, and what these find is joined after them.
 """
 
 from __future__ import annotations
