@@ -1,5 +1,6 @@
 """Reductions of logits on one device, a chunk of the vocabulary at a time, and their gradient.
 
+Where one kernel multiplies and reduces (``logit_choice.py``), there are no chunks of logits, only of their cotangents.
 Chunks are of the vocabulary, not of the tokens, for the sake of the gradient: a column of the kernel's gradient is
 then written once, and what is summed over the chunks is the tokens' gradient, [tokens, hidden]. Chunks of tokens
 would read and write the kernel's, [hidden, vocab] in float32, once for each of them: hundreds of megabytes for some
@@ -8,29 +9,23 @@ hundred tokens.
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrft.models.logit_choice import Way, choose_way
 from jaxrft.models.precision import matmul_precision
-from jaxrft.models.trial import fault
-
-logger = logging.getLogger(__name__)
 
 # Logits alive at a time, in elements. Between the products they are passed over a few times: on a CPU in its caches,
-# if chunks are small. A product does not end in a sum over its columns on an accelerator either, which writes the
-# logits to its memory and reads them again, whatever the chunk: few large products are best there.
+# if chunks are small. On an accelerator a product writes logits to memory whatever the chunk: few large ones are best.
 CHUNK_ELEMENTS = {"cpu": 2**20}
 ACCELERATOR_CHUNK_ELEMENTS = 2**27
 # Each chunk reads the hidden states, and in the gradient reads and writes their float32 cotangent. Of fewer columns
 # that shows beside the products.
 SMALLEST_CHUNK = 1024
-# Chunks begin where the tiles of a product begin.
+# Chunks begin where the tiles of a product begin, which are so wide.
 ALIGNMENT = 128
 
 
@@ -41,13 +36,17 @@ class Reduction(NamedTuple):
         transposed: the kernel is [vocab, hidden], as embeddings are kept.
         axis: of the mesh, over which the vocabulary lies, inside ``shard_map``; None: it is whole.
         chunk: columns of the vocabulary at a time; None: as many as :func:`logits_elements` allows.
-        one_pass: chunks are reduced by ``logit_kernel.py``, which reads them once; None: where there is a GPU.
+        way: by which kernels; None: by those that ``logit_choice.py`` chooses.
     """
 
     transposed: bool = False
     axis: str | None = None
     chunk: int | None = None
-    one_pass: bool | None = None
+    way: Way | None = None
+
+    def chosen_way(self, hidden: Array, kernel: Array) -> Way:
+        """The way for these hidden states and this kernel."""
+        return self.way or choose_way(hidden.dtype, hidden.shape[1], self.vocab(kernel), self.transposed)
 
     def vocab(self, kernel: Array) -> int:
         """The kernel's columns: those of this device."""
@@ -111,12 +110,14 @@ def reduce_logits(
         kernel: of this device's columns; [hidden, vocab] or [vocab, hidden].
         sharpness: one over the temperature.
     """
-    places = how.places(kernel, targets)
+    places, way = how.places(kernel, targets), how.chosen_way(hidden, kernel)
+    if way == "product":
+        return _combined(how.axis, sharpness, *_reduce_product(how, hidden, kernel, places, sharpness))
     size, starts, last = how.starts(kernel, len(hidden))
 
     def one(start, size=size):
         logits = _logits(how, hidden, how.columns(kernel, start, size))
-        return _reduce_chunk(logits, places - start, sharpness, how.one_pass)
+        return _reduce_chunk(logits, places - start, sharpness, way)
 
     parts = [part[None] for part in one(last, how.vocab(kernel) - last)]
     if last:
@@ -124,36 +125,23 @@ def reduce_logits(
     return _combined(how.axis, sharpness, *parts)
 
 
-@functools.lru_cache(maxsize=1)
-def reads_once() -> bool:
-    """Whether a chunk's logits are reduced by the kernel, which reads them once: on a GPU where it is right."""
-    if jax.default_backend() == "cpu":
-        return False
-    reason = kernel_fault()
-    if reason is not None:
-        logger.warning("logits: reduced in two passes, as the kernel for one %s", reason)
-    return reason is None
+def _reduce_product(how, hidden, kernel, places, sharpness):
+    """What :func:`_reduce_chunk` gives, of tiles of the product; those words behind them are a chunk of their own."""
+    # Pallas is loaded where it is used.
+    from jaxrft.models.logit_product import reduce_product
+
+    parts = reduce_product(hidden, kernel, places, sharpness, how.transposed)
+    done, vocab = len(parts[0]) * ALIGNMENT, how.vocab(kernel)
+    if done == vocab:
+        return parts
+    logits = _logits(how, hidden, how.columns(kernel, done, vocab - done))
+    rest = _reduce_chunk(logits, places - done, sharpness, "plain")
+    return [jnp.concatenate([part, more[None]]) for part, more in zip(parts, rest)]
 
 
-def kernel_fault() -> str | None:
-    """What is wrong with the kernel's results on a small case; None: nothing is."""
-    rng = np.random.default_rng(0)
-    # Of blocks that are whole and of one that is not.
-    logits = rng.normal(size=(5, 5000)).astype(np.float32) * 5
-    places, sharpness = np.array([0, 77, 4999, -1, 5000], np.int32), np.full(5, 0.8, np.float32)
-
-    def run(one_pass: bool) -> tuple[np.ndarray, ...]:
-        program = jax.jit(functools.partial(_reduce_chunk, one_pass=one_pass))
-        return jax.device_get(program(logits, places, sharpness))
-
-    names = ("peaks", "sums", "moments", "targets")
-    return fault(functools.partial(run, True), functools.partial(run, False), names, 1e-4)
-
-
-def _reduce_chunk(logits, places, sharpness, one_pass):
+def _reduce_chunk(logits, places, sharpness, way):
     """The largest logit, sums over exp(logits - largest), and the target's logit, or 0 where it is elsewhere."""
-    if reads_once() if one_pass is None else one_pass:
-        # Pallas is loaded where it is used.
+    if way == "rows":
         from jaxrft.models.logit_kernel import reduce_rows
 
         return reduce_rows(logits, places, sharpness)
@@ -197,13 +185,13 @@ def differentiate_logits(
     Args:
         rest: sharpness, entropy, largest logit, log of the norm, and the cotangents of log-probability and entropy.
     """
-    places = how.places(kernel, targets)
+    places, way = how.places(kernel, targets), how.chosen_way(hidden, kernel)
     size, starts, last = how.starts(kernel, len(hidden))
 
     def one(gradients, start, size=size):
         d_hidden, d_kernel = gradients
         columns = how.columns(kernel, start, size)
-        d_logits = _d_logits(_logits(how, hidden, columns), places - start, *rest).astype(hidden.dtype)
+        d_logits = _d_logits(how, way, hidden, columns, places - start, rest)
         d_hidden += _product(d_logits, columns, 1, int(not how.transposed))
         d_columns = _product(d_logits, hidden, 0, 0) if how.transposed else _product(hidden, d_logits, 0, 0)
         axis = int(not how.transposed)
@@ -217,7 +205,16 @@ def differentiate_logits(
     return one(gradients, last, how.vocab(kernel) - last)[0]
 
 
-def _d_logits(logits, places, sharpness, entropy, peak, log_norm, d_logprobs, d_entropy):
+def _d_logits(how, way, hidden, columns, places, rest):
+    """Cotangents of a chunk's logits, in the type of the hidden states."""
+    if way == "product":
+        from jaxrft.models.logit_product import cotangents_of, differentiate_product
+
+        return differentiate_product(hidden, columns, places, cotangents_of(*rest), how.transposed)
+    return _cotangents(_logits(how, hidden, columns), places, *rest).astype(hidden.dtype)
+
+
+def _cotangents(logits, places, sharpness, entropy, peak, log_norm, d_logprobs, d_entropy):
     """Cotangents of a chunk's logits before the scaling.
 
     With p = softmax(z): d logprob / d z = onehot - p, and d entropy / d z = -p (log p + entropy).

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxrft.models import logit_chunks, logit_kernel
+from jaxrft.models import logit_choice, logit_kernel
 from jaxrft.models.logit_chunks import ALIGNMENT, Reduction, chunk_size, logits_elements, reduce_logits
 from jaxrft.models.logit_kernel import reduce_rows
 from jaxrft.models.logprobs import projected_logprobs, token_logprobs
@@ -137,12 +137,11 @@ def test_the_kernel_of_one_pass(tokens, columns, spread):
 def test_reduction_in_one_pass(chunk):
     """As in the passes that XLA makes of it."""
 
-    def run(one_pass):
-        return jax.jit(reduce_logits, static_argnums=0)(
-            Reduction(chunk=chunk, one_pass=one_pass), *INPUTS, TARGETS, 1 / TEMPERATURE
-        )
+    def run(way):
+        how = Reduction(chunk=chunk, way=way)
+        return jax.jit(reduce_logits, static_argnums=0)(how, *INPUTS, TARGETS, 1 / TEMPERATURE)
 
-    for ours, theirs in zip(run(True), run(False), strict=True):
+    for ours, theirs in zip(run("rows"), run("plain"), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -248,8 +247,11 @@ for transposed in (False, True):
         with parallel.Layout(parallel.make_mesh(**mesh), strategy).use():
             arguments = hidden, kernel.T if transposed else kernel
             found = jax.tree.leaves(run(*arguments, Reduction(transposed, None, 5)))
-            # Pallas cannot interpret a kernel here: that of one pass is put in its place, and not run.
-            jax.eval_shape(run, *arguments, Reduction(transposed, None, 5, one_pass=True))
+            # Pallas cannot interpret a kernel here: they are put in their places, and not run.
+            jax.eval_shape(run, *arguments, Reduction(transposed, None, 5, way="rows"))
+            sizes = (4, 6, 64), (2560, 64) if transposed else (64, 2560)
+            shapes = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes)
+            jax.eval_shape(run, *shapes, Reduction(transposed, way="product"))
         found[-1] = found[-1].T if transposed else found[-1]
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
@@ -261,17 +263,18 @@ for transposed in (False, True):
 def test_the_kernel_is_tried_before_it_is_taken(monkeypatch, caplog):
     """As where it is asked for: while a program is traced. One that forgets the last columns is not taken."""
     found = []
-    jax.jit(lambda x: found.append(logit_chunks.kernel_fault()) or x)(1.0)
+    jax.jit(lambda x: found.append(logit_choice.rows_fault()) or x)(1.0)
     assert found == [None]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     right = logit_kernel.reduce_rows
-    for forgets, taken in ((0, True), (8, False)):
+    for forgets, way in ((0, "rows"), (8, "plain")):
         monkeypatch.setattr(
             logit_kernel,
             "reduce_rows",
             lambda logits, *rest, forgets=forgets: right(logits[:, forgets:], *rest, interpret=True),
         )
-        logit_chunks.reads_once.cache_clear()
-        assert logit_chunks.reads_once() is taken
-    logit_chunks.reads_once.cache_clear()
-    assert "reduced in two passes, as the kernel for one gives wrong sums here" in caplog.text
+        logit_choice.rows_fault.cache_clear(), logit_choice.choose_way.cache_clear()
+        assert logit_choice.choose_way(jnp.float32, 64, 128, True) == way
+    logit_choice.rows_fault.cache_clear(), logit_choice.choose_way.cache_clear()
+    assert "reduced by plain" in caplog.text
+    assert "a kernel that reads them once gives wrong sums here" in caplog.text

@@ -43,7 +43,7 @@ def main() -> None:
             # As for a GPU: lowered anew, in a learner of its own, and not compiled. Its kernels are nothing for a CPU.
             with (
                 mock.patch("jax.default_backend", return_value="gpu"),
-                mock.patch("jaxrft.models.logit_chunks.reads_once", return_value=False),
+                mock.patch("jaxrft.models.logit_chunks.choose_way", return_value="plain"),
             ):
                 lowered = updates.learner_of(case)._step.lower(*arguments)
             before = held((learner.state.params, learner.state.opt_state))

@@ -1,0 +1,210 @@
+"""Logits reduced, and their cotangents made, in one kernel with their product, against closed forms in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxrft.models import logit_choice, logit_product
+from jaxrft.models.logit_choice import choose_way, product_fault
+from jaxrft.models.logit_chunks import Reduction
+from jaxrft.models.logit_product import Cotangents, cotangents_of, differentiate_product, reduce_product, refusal
+from jaxrft.models.logprobs import _projected
+
+RECENT = jax.__version_info__ >= (0, 11)
+TIED = pytest.param(True, marks=pytest.mark.skipif(not RECENT, reason="JAX 0.10 interprets no tied kernel"))
+
+
+def interpreted():
+    """Pallas' parameters; JAX 0.10 has them for itself."""
+    if RECENT:
+        return plgpu.InterpretGPUParams()
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def inputs(tokens, hidden, words, dtype="bfloat16", scale=1.0):
+    rng = np.random.default_rng(tokens + words)
+    states = jnp.asarray(rng.normal(size=(tokens, hidden)) * hidden**-0.25, dtype)
+    kernel = jnp.asarray(rng.normal(size=(hidden, words)) * hidden**-0.25 * scale, dtype)
+    places = rng.integers(-20, words + 20, tokens).astype(np.int32)
+    places[:1] = words - 1
+    return states, kernel, places, rng.uniform(0.4, 2, tokens).astype(np.float32)
+
+
+@pytest.mark.parametrize("transposed", [False, TIED])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "words", "dtype", "scale"),
+    [(1, 64, 128, "bfloat16", 1), (300, 320, 400, "bfloat16", 1e3), (257, 64, 256, "float16", 1)],
+)
+def test_reduction(tokens, hidden, words, dtype, transposed, scale):
+    """Of tokens and words that fill tiles and that do not, and of targets on other devices."""
+    states, kernel, places, sharpness = inputs(tokens, hidden, words, dtype, scale)
+    run = jax.jit(functools.partial(reduce_product, transposed=transposed, interpret=interpreted()))
+    parts = run(states, kernel.T if transposed else kernel, places, sharpness)
+    whole = words // 128 * 128
+    logits = (np.float64(states) @ np.float64(kernel))[:, :whole]
+    tiles = logits.reshape(tokens, -1, 128).transpose(1, 0, 2)
+    shifted = (tiles - tiles.max(-1, keepdims=True)) * sharpness[None, :, None]
+    inside = (places >= 0) & (places < whole)
+    chosen = np.where(inside, logits[np.arange(tokens), np.where(inside, places, 0)], 0)
+    moments = (np.exp(shifted) * shifted).sum(-1)
+    for part, expected in zip(parts, (tiles.max(-1), np.exp(shifted).sum(-1), moments)):
+        assert part.shape == (whole // 128, tokens)
+        assert part.dtype == jnp.float32
+        np.testing.assert_allclose(part, expected, rtol=1e-4, atol=1e-4 * max(scale, 1))
+    np.testing.assert_allclose(np.sum(parts[3], 0), chosen, rtol=1e-5, atol=1e-5 * scale)
+    # A target that is the largest logit has exactly this value: its probability is not more than 1.
+    largest = inside & (chosen == logits.max(-1))
+    np.testing.assert_array_equal(np.sum(parts[3], 0)[largest], np.max(parts[0], 0)[largest])
+
+
+@pytest.mark.parametrize("transposed", [False, TIED])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "words", "dtype", "scale"),
+    [
+        (1, 64, 128, "bfloat16", 1),
+        (300, 320, 400, "bfloat16", 1e3),
+        (257, 64, 256, "float16", 1),
+        (40, 128, 72, "bfloat16", 1),
+    ],
+)
+def test_cotangents(tokens, hidden, words, dtype, transposed, scale):
+    """Of sharp distributions too, of which the largest logits' digits must not be lost."""
+    states, kernel, places, sharpness = inputs(tokens, hidden, words, dtype, scale)
+    logits = np.float64(states) @ np.float64(kernel)
+    peak = logits.max(-1)
+    log_norm = np.log(np.exp((logits - peak[:, None]) * sharpness[:, None]).sum(-1))
+    log_p = (logits - peak[:, None]) * sharpness[:, None] - log_norm[:, None]
+    entropy = scipy.special.entr(np.exp(log_p)).sum(-1)
+    d_logprobs, d_entropy = np.random.default_rng(1).normal(size=(2, tokens))
+    d_z = -np.exp(log_p) * (d_logprobs[:, None] + d_entropy[:, None] * (log_p + entropy[:, None]))
+    d_z += (np.arange(words) == places[:, None]) * d_logprobs[:, None]
+    rows = (np.float32(row) for row in (sharpness, entropy, peak, log_norm, d_logprobs, d_entropy))
+    run = functools.partial(differentiate_product, transposed=transposed, interpret=interpreted())
+    found = jax.jit(run)(states, kernel.T if transposed else kernel, places, cotangents_of(*rows))
+    assert found.shape == (tokens, words)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.float64(found), d_z * sharpness[:, None], rtol=1e-2, atol=5e-3 if scale > 1 else 1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, TIED])
+@pytest.mark.parametrize(("words", "chunk"), [(384, None), (328, 128)])
+def test_logprobs_and_gradients(words, transposed, chunk, monkeypatch):
+    """As a training step has them; of words that the last tile leaves over too."""
+    for name in ("reduce_product", "differentiate_product"):
+        kernel = functools.partial(getattr(logit_product, name), interpret=interpreted())
+        monkeypatch.setattr(logit_product, name, kernel)
+    states, kernel, places, sharpness = inputs(150, 64, words)
+    places, kernel = np.clip(places, 0, words - 1), np.float32(kernel)
+    rows = [np.float32(np.random.default_rng(2).normal(size=(3, 50))) for _ in range(2)]
+
+    def loss(hidden, kernel, way):
+        shaped = (array.reshape(3, 50, *array.shape[1:]) for array in (hidden, places, 1 / sharpness))
+        hidden, targets, temperature = shaped
+        results = _projected(hidden, kernel, targets, temperature, Reduction(transposed, None, chunk, way))
+        return sum(jnp.sum(weight * result) for weight, result in zip(rows, results)), results
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    weights = kernel.T if transposed else kernel
+    (_, values), gradients = run(states, weights, "product")
+    log_p = scipy.special.log_softmax(np.float64(states) @ kernel * sharpness[:, None], axis=-1)
+    np.testing.assert_allclose(values[0].ravel(), log_p[np.arange(150), places], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(values[1].ravel(), scipy.special.entr(np.exp(log_p)).sum(-1), rtol=1e-4, atol=1e-4)
+    _, expected = run(states.astype(jnp.float32), weights, "plain")
+    for ours, theirs in zip(gradients, expected):
+        ours, theirs = np.float64(ours), np.float64(theirs)
+        # What is lost is what rounding the logits' cotangents to 16 bits loses.
+        assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
+
+
+def test_what_the_kernels_take():
+    assert refusal(jnp.bfloat16, 896, 151936, True) is None
+    assert refusal("float16", 64, 192, False) is None
+    assert refusal(jnp.float32, 896, 151936, True) == "takes 16 bits, not float32"
+    assert refusal(jnp.bfloat16, 100, 151936, True) == "takes multiples of 64 channels, not 100"
+    assert refusal(jnp.bfloat16, 64, 1000, False) == "takes a multiple of 64 words, 128 at least, not 1000"
+    assert refusal(jnp.bfloat16, 64, 1001, True) == "takes a multiple of 8 words, 128 at least, not 1001"
+    assert refusal(jnp.bfloat16, 64, 1000, True) is None
+    assert refusal(jnp.bfloat16, 64, 64, True) == "takes a multiple of 8 words, 128 at least, not 64"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "words"),
+    [logit_choice.TRIAL, (1, 64, 192), (8192, 1536, 151936), (300, 896, 151936 // 2), (7, 64, 136)],
+)
+def test_they_become_programs_of_a_gpu(tokens, hidden, words, transposed):
+    """No GPU is needed to translate them: what they take can be translated, to begin with."""
+    if reason := refusal(jnp.bfloat16, hidden, words, transposed):
+        assert (transposed, words) == (False, 136), reason
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    row, places = (jax.ShapeDtypeStruct((tokens,), dtype) for dtype in (jnp.float32, jnp.int32))
+    sizes = (tokens, hidden), (words, hidden) if transposed else (hidden, words)
+    arrays = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        for kernel, rest in ((reduce_product, row), (differentiate_product, Cotangents(*[row] * 6))):
+            program = jax.jit(functools.partial(kernel, transposed=transposed))
+            lowered = program.trace(*arrays, places, rest).lower(lowering_platforms=("cuda",))
+            assert lowered.as_text().count("mosaic_gpu") > 0
+
+
+@pytest.mark.parametrize("transposed", [False, TIED])
+def test_the_kernels_are_tried_before_they_are_taken(transposed, monkeypatch, caplog):
+    """On a GPU of this kind alone; where a kernel is wrong, the next way is taken, and the log says why."""
+    caplog.set_level("INFO")
+    sizes, found_in_trace = (40, 128, 192), []
+    trial = functools.partial(product_fault, "bfloat16", transposed, sizes, interpreted())
+    jax.jit(lambda x: found_in_trace.append(trial()) or x)(1.0)
+    assert found_in_trace == [None]
+
+    class Device:
+        compute_capability = "9.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    monkeypatch.setattr(logit_choice, "rows_fault", lambda: None)
+    right = logit_product.differentiate_product
+
+    def found(wrong):
+        def differentiate(hidden, kernel, places, *rest, **how):
+            return right(hidden, kernel, places + wrong, *rest, **how)
+
+        monkeypatch.setattr(logit_product, "differentiate_product", differentiate)
+        product_fault.cache_clear(), choose_way.cache_clear()
+        trial = functools.partial(product_fault, sizes=sizes, interpret=interpreted())
+        monkeypatch.setattr(logit_choice, "product_fault", trial)
+        way = choose_way(jnp.bfloat16, 128, 192, transposed)
+        monkeypatch.setattr(logit_choice, "product_fault", product_fault)
+        return way
+
+    def said(text):
+        return caplog.records[-1].levelname if text in caplog.records[-1].getMessage() else caplog.text
+
+    assert found(0) == "product"
+    assert said("logits: reduced by product") == "INFO"
+    assert found(1) == "rows"
+    assert said("one kernel with the product gives wrong cotangents here") == "WARNING"
+    Device.compute_capability = "8.0"
+    assert found(0) == "rows"
+    assert said("is for GPUs of compute capability 9.0, not 8.0") == "INFO"
+    monkeypatch.setattr(logit_choice, "rows_fault", lambda: "fails here")
+    assert found(0) == "plain"
+    assert said("a kernel that reads them once fails here") == "WARNING"
+    product_fault.cache_clear(), choose_way.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_as_compiled(dtype, transposed):
+    if jax.local_devices()[0].compute_capability != "9.0":
+        pytest.skip("the kernels are for GPUs of compute capability 9.0")
+    assert product_fault(dtype, transposed) is None
+    assert choose_way(jnp.dtype(dtype), 896, 151936, transposed) == "product"
