@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ logger = logging.getLogger(__name__)
 # (logit_kernel.py), or in passes that XLA makes.
 Way = Literal["product", "rows", "plain"]
 
+_trying = threading.Lock()
 
-@functools.lru_cache(maxsize=64)
+
 def choose_way(dtype: Any, hidden: int, words: int, transposed: bool) -> Way:
     """The first way that works here; logged once.
 
@@ -31,8 +33,15 @@ def choose_way(dtype: Any, hidden: int, words: int, transposed: bool) -> Way:
     """
     if jax.default_backend() == "cpu":
         return "plain"
+    # A step may be compiled in a thread while another program is: one of them tries the kernels.
+    with _trying:
+        return _choose_on_a_gpu(jnp.dtype(dtype).name, hidden, words, transposed)
+
+
+@functools.lru_cache(maxsize=64)
+def _choose_on_a_gpu(dtype: str, hidden: int, words: int, transposed: bool) -> Way:
     refused = _refusal(dtype, hidden, words, transposed)
-    product = refused or product_fault(jnp.dtype(dtype).name, transposed)
+    product = refused or product_fault(dtype, transposed)
     rows = product and rows_fault()
     way: Way = "product" if product is None else "rows" if rows is None else "plain"
     reasons = ("one kernel with the product", product), ("a kernel that reads them once", rows)
@@ -42,14 +51,14 @@ def choose_way(dtype: Any, hidden: int, words: int, transposed: bool) -> Way:
     return way
 
 
-def _refusal(dtype: Any, hidden: int, words: int, transposed: bool) -> str | None:
+def _refusal(dtype: str, hidden: int, words: int, transposed: bool) -> str | None:
     """Why one kernel with the product is not for this; None: it is, if it works."""
     capability = getattr(jax.local_devices()[0], "compute_capability", None)
     if capability != "9.0":
         return f"is for GPUs of compute capability 9.0, not {capability}"
     try:
         from jaxrft.models import logit_product
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         return f"cannot be loaded with this version of JAX ({error})"
     return logit_product.refusal(dtype, hidden, words, transposed)
 
@@ -75,11 +84,12 @@ def product_fault(
     states, kernel = ((rng.normal(size=s) * hidden**-0.25).astype(jnp.dtype(dtype)) for s in (sizes[:2], sizes[1:]))
     weights = kernel.T if transposed else kernel
     places, sharpness = rng.integers(-9, words + 9, tokens).astype(np.int32), rng.uniform(0.5, 2, tokens)
-    others = rng.normal(size=(5, tokens)) * 0.1 + [[5.0], [8.0], [7.0], [0.0], [0.0]]
-    rows = [row.astype(np.float32) for row in (sharpness, *others)]
     how: dict[str, Any] = {"transposed": transposed, "interpret": interpret}
     logits = np.asarray(states, np.float64) @ np.asarray(kernel, np.float64)
     target = np.arange(words) == places[:, None]
+    rows = [
+        row.astype(np.float32) for row in (sharpness, *_of_a_softmax(logits, sharpness), *rng.normal(size=(2, tokens)))
+    ]
 
     def reduced() -> Sequence[np.ndarray]:
         return jax.device_get(jax.jit(functools.partial(reduce_product, **how))(states, weights, places, rows[0]))
@@ -93,12 +103,25 @@ def product_fault(
 
     def differentiated() -> Sequence[np.ndarray]:
         program = jax.jit(functools.partial(differentiate_product, **how))
-        return [np.asarray(program(states, weights, places, cotangents_of(*rows)), np.float32)]
+        return apart(np.asarray(program(states, weights, places, cotangents_of(*rows)), np.float32))
 
-    names = ("peaks", "sums", "moments", "targets")
-    reason = fault(reduced, expected, names, 1e-4)
+    def apart(cotangents: np.ndarray) -> Sequence[np.ndarray]:
+        # The targets' are larger by far: beside them nothing would be seen of the others.
+        return np.where(target, cotangents, 0), np.where(target, 0, cotangents)
+
+    if reason := fault(reduced, expected, ("peaks", "sums", "moments", "targets"), 1e-4):
+        return reason
+    names = ("cotangents of targets", "cotangents of other words")
     # Of 16 bits.
-    return reason or fault(differentiated, lambda: [_cotangents(logits, target, *rows)], ("cotangents",), 1e-2)
+    return fault(differentiated, lambda: apart(_cotangents(logits, target, *rows)), names, 1e-2)
+
+
+def _of_a_softmax(logits, sharpness):
+    """Entropy, largest logit and log of the norm."""
+    peak = logits.max(-1)
+    shifted = (logits - peak[:, None]) * sharpness[:, None]
+    norm = np.exp(shifted).sum(-1)
+    return np.log(norm) - (np.exp(shifted) * shifted).sum(-1) / norm, peak, np.log(norm)
 
 
 def _cotangents(logits, target, sharpness, entropy, peak, log_norm, d_logprobs, d_entropy):

@@ -10,9 +10,11 @@ and 16384 tokens 31.9, of which 31.0.
 
 from __future__ import annotations
 
+import math
+
 from jaxrft.data.batching import bucket_length, halvings
 from jaxrft.models.attention.choice import ACCELERATOR_DENSE_KEYS, DENSE_KEYS
-from jaxrft.models.logit_chunks import logits_elements
+from jaxrft.models.logit_chunks import ALIGNMENT, logits_elements
 from jaxrft.training.memory_sizes import FLOAT32, Sizes
 
 # Prompt tokens that the native engine runs at once.
@@ -43,7 +45,7 @@ def update_items(sizes: Sizes, reference: bool) -> Items:
     moments = [_layers(sizes), _projection(sizes), _optimizer(sizes)]
     found = always | max(moments, key=lambda items: sum(items.values()))
     if reference and memory.offload_reference and sizes.host_is_apart:
-        scoring = {"reference": state.param_bytes, "scoring": sizes.whole_layer + _logits(sizes)}
+        scoring = {"reference": state.param_bytes, "scoring": sizes.whole_layer + max(_logits(sizes), _reduced(sizes))}
         found = max(found, scoring, key=lambda items: sum(items.values()))
     return found
 
@@ -85,11 +87,18 @@ def _projection(sizes: Sizes) -> Items:
     kernel = sizes.table_elements * (FLOAT32 + (sizes.itemsize if sizes.casts or sizes.shares_params else 0))
     # What is projected: gathered, masked, and their cotangents, of which one is a sum over chunks in float32.
     hidden = sizes.rows * sizes.picks * sizes.spec.hidden_size * (4 * sizes.itemsize + FLOAT32)
-    return _activations(sizes) | {"output projection": kernel + hidden + 2 * _logits(sizes)}
+    return _activations(sizes) | {"output projection": kernel + hidden + max(2 * _logits(sizes), _reduced(sizes))}
 
 
 def _logits(sizes: Sizes) -> float:
     return FLOAT32 * logits_elements(round(sizes.rows * sizes.picks), round(sizes.vocab), sizes.platform)
+
+
+def _reduced(sizes: Sizes) -> float:
+    """What a kernel that reduces logits with their product leaves: four numbers a token for each 128 words."""
+    if sizes.platform == "cpu":
+        return 0
+    return 4 * FLOAT32 * round(sizes.rows * sizes.picks) * math.ceil(sizes.vocab / ALIGNMENT)
 
 
 def _optimizer(sizes: Sizes) -> Items:

@@ -20,12 +20,22 @@ TIED = pytest.param(True, marks=pytest.mark.skipif(not RECENT, reason="JAX 0.10 
 
 
 def interpreted():
-    """Pallas' parameters; JAX 0.10 has them for itself."""
+    """Pallas' parameters; JAX 0.10 has them for itself, and finds no races."""
     if RECENT:
-        return plgpu.InterpretGPUParams()
+        return plgpu.InterpretGPUParams(detect_races=True)
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams()
+
+
+@pytest.fixture(autouse=True)
+def no_races():
+    """Of what one warpgroup writes to shared memory and what copies read there, as far as Pallas' interpreter sees."""
+    yield
+    if RECENT:
+        from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+
+        assert not get_races().races_found
 
 
 def inputs(tokens, hidden, words, dtype="bfloat16", scale=1.0):
@@ -97,9 +107,14 @@ def test_cotangents(tokens, hidden, words, dtype, transposed, scale):
 @pytest.mark.parametrize(("words", "chunk"), [(384, None), (328, 128)])
 def test_logprobs_and_gradients(words, transposed, chunk, monkeypatch):
     """As a training step has them; of words that the last tile leaves over too."""
-    for name in ("reduce_product", "differentiate_product"):
-        kernel = functools.partial(getattr(logit_product, name), interpret=interpreted())
-        monkeypatch.setattr(logit_product, name, kernel)
+    called = []
+    for right in (reduce_product, differentiate_product):
+
+        def kernel(*arguments, right=right):
+            called.append(right)
+            return right(*arguments, interpret=interpreted())
+
+        monkeypatch.setattr(logit_product, right.__name__, kernel)
     states, kernel, places, sharpness = inputs(150, 64, words)
     places, kernel = np.clip(places, 0, words - 1), np.float32(kernel)
     rows = [np.float32(np.random.default_rng(2).normal(size=(3, 50))) for _ in range(2)]
@@ -116,7 +131,10 @@ def test_logprobs_and_gradients(words, transposed, chunk, monkeypatch):
     log_p = scipy.special.log_softmax(np.float64(states) @ kernel * sharpness[:, None], axis=-1)
     np.testing.assert_allclose(values[0].ravel(), log_p[np.arange(150), places], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(values[1].ravel(), scipy.special.entr(np.exp(log_p)).sum(-1), rtol=1e-4, atol=1e-4)
+    assert set(called) == {reduce_product, differentiate_product}
+    called.clear()
     _, expected = run(states.astype(jnp.float32), weights, "plain")
+    assert not called
     for ours, theirs in zip(gradients, expected):
         ours, theirs = np.float64(ours), np.float64(theirs)
         # What is lost is what rounding the logits' cotangents to 16 bits loses.
@@ -156,48 +174,90 @@ def test_they_become_programs_of_a_gpu(tokens, hidden, words, transposed):
 
 
 @pytest.mark.parametrize("transposed", [False, TIED])
-def test_the_kernels_are_tried_before_they_are_taken(transposed, monkeypatch, caplog):
-    """On a GPU of this kind alone; where a kernel is wrong, the next way is taken, and the log says why."""
-    caplog.set_level("INFO")
-    sizes, found_in_trace = (40, 128, 192), []
-    trial = functools.partial(product_fault, "bfloat16", transposed, sizes, interpreted())
-    jax.jit(lambda x: found_in_trace.append(trial()) or x)(1.0)
-    assert found_in_trace == [None]
+def test_a_trial(transposed, monkeypatch):
+    """Also while a program is traced. It sees what is wrong with the targets, with the others, and with the sums."""
+    trial = functools.partial(product_fault.__wrapped__, "bfloat16", transposed, (40, 128, 192), interpreted())
+    found = []
+    jax.jit(lambda x: found.append(trial()) or x)(1.0)
+    assert found == [None]
+    reduce, differentiate = logit_product.reduce_product, logit_product.differentiate_product
 
-    class Device:
-        compute_capability = "9.0"
+    def shifted(hidden, kernel, places, *rest, **how):
+        return differentiate(hidden, kernel, places + 1, *rest, **how)
+
+    def without_norm(hidden, kernel, places, rows, **how):
+        return differentiate(hidden, kernel, places, rows._replace(log_norm=rows.log_norm + 0.1), **how)
+
+    def of_the_targets_alone(hidden, kernel, places, rows, **how):
+        return differentiate(
+            hidden, kernel, places, rows._replace(factor=rows.factor * 0, log_factor=rows.peak * 0), **how
+        )
+
+    for wrong, what in ((shifted, "targets"), (without_norm, "other words"), (of_the_targets_alone, "targets")):
+        monkeypatch.setattr(logit_product, "differentiate_product", wrong)
+        assert f"gives wrong cotangents of {what} here" in trial()
+    monkeypatch.setattr(logit_product, "reduce_product", lambda *a, **how: [part * 1.01 for part in reduce(*a, **how)])
+    assert "gives wrong peaks here" in trial()
+
+
+class Device:
+    """A GPU, as far as is asked."""
+
+    def __init__(self, capability):
+        self.compute_capability = capability
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """A GPU of the kind on which everything works; what is tried is noted, and what it gives can be set."""
+    asked, results = [], {}
+
+    def product(dtype, transposed):
+        asked.append((dtype, transposed))
+        return results.get("product")
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    monkeypatch.setattr(logit_choice, "rows_fault", lambda: None)
-    right = logit_product.differentiate_product
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(results.get("capability", "9.0"))])
+    monkeypatch.setattr(logit_choice, "product_fault", product)
+    monkeypatch.setattr(logit_choice, "rows_fault", lambda: results.get("rows"))
+    logit_choice._choose_on_a_gpu.cache_clear()
+    yield asked, results
+    logit_choice._choose_on_a_gpu.cache_clear()
 
-    def found(wrong):
-        def differentiate(hidden, kernel, places, *rest, **how):
-            return right(hidden, kernel, places + wrong, *rest, **how)
 
-        monkeypatch.setattr(logit_product, "differentiate_product", differentiate)
-        product_fault.cache_clear(), choose_way.cache_clear()
-        trial = functools.partial(product_fault, sizes=sizes, interpret=interpreted())
-        monkeypatch.setattr(logit_choice, "product_fault", trial)
-        way = choose_way(jnp.bfloat16, 128, 192, transposed)
-        monkeypatch.setattr(logit_choice, "product_fault", product_fault)
-        return way
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_way_is_chosen_by_a_trial_of_its_own(dtype, transposed, trials, caplog):
+    caplog.set_level("INFO")
+    asked, _ = trials
+    hidden = jnp.zeros((2, 320), dtype)
+    kernel = jnp.zeros((192, 320) if transposed else (320, 192), dtype)
+    for _ in range(2):
+        assert Reduction(transposed).chosen_way(hidden, kernel) == "product"
+    assert asked == [(dtype, transposed)]
+    assert [record.getMessage() for record in caplog.records] == ["logits: reduced by product"]
 
-    def said(text):
-        return caplog.records[-1].levelname if text in caplog.records[-1].getMessage() else caplog.text
 
-    assert found(0) == "product"
-    assert said("logits: reduced by product") == "INFO"
-    assert found(1) == "rows"
-    assert said("one kernel with the product gives wrong cotangents here") == "WARNING"
-    Device.compute_capability = "8.0"
-    assert found(0) == "rows"
-    assert said("is for GPUs of compute capability 9.0, not 8.0") == "INFO"
-    monkeypatch.setattr(logit_choice, "rows_fault", lambda: "fails here")
-    assert found(0) == "plain"
-    assert said("a kernel that reads them once fails here") == "WARNING"
-    product_fault.cache_clear(), choose_way.cache_clear()
+@pytest.mark.parametrize(
+    ("changed", "arguments", "way", "level", "text"),
+    [
+        ({"product": "is wrong"}, {}, "rows", "WARNING", "reduced by rows; one kernel with the product is wrong"),
+        ({"product": "is wrong", "rows": "fails"}, {}, "plain", "WARNING", "; a kernel that reads them once fails"),
+        ({"capability": "8.0"}, {}, "rows", "INFO", "is for GPUs of compute capability 9.0, not 8.0"),
+        ({"capability": "8.0", "rows": "fails"}, {}, "plain", "WARNING", "a kernel that reads them once fails"),
+        ({}, {"dtype": "float32"}, "rows", "INFO", "takes 16 bits, not float32"),
+        ({}, {"hidden": 100}, "rows", "INFO", "takes multiples of 64 channels, not 100"),
+        ({}, {"words": 1000}, "rows", "INFO", "takes a multiple of 64 words, 128 at least, not 1000"),
+    ],
+)
+def test_other_ways_and_why(changed, arguments, way, level, text, trials, caplog):
+    caplog.set_level("INFO")
+    asked, results = trials
+    results |= changed
+    assert choose_way(**{"dtype": "bfloat16", "hidden": 320, "words": 192, "transposed": False} | arguments) == way
+    assert caplog.records[-1].levelname == level
+    assert text in caplog.records[-1].getMessage()
+    assert bool(asked) == ("product" in changed)
 
 
 @pytest.mark.gpu

@@ -273,8 +273,8 @@ def test_the_kernel_is_tried_before_it_is_taken(monkeypatch, caplog):
             "reduce_rows",
             lambda logits, *rest, forgets=forgets: right(logits[:, forgets:], *rest, interpret=True),
         )
-        logit_choice.rows_fault.cache_clear(), logit_choice.choose_way.cache_clear()
+        logit_choice.rows_fault.cache_clear(), logit_choice._choose_on_a_gpu.cache_clear()
         assert logit_choice.choose_way(jnp.float32, 64, 128, True) == way
-    logit_choice.rows_fault.cache_clear(), logit_choice.choose_way.cache_clear()
+    logit_choice.rows_fault.cache_clear(), logit_choice._choose_on_a_gpu.cache_clear()
     assert "reduced by plain" in caplog.text
     assert "a kernel that reads them once gives wrong sums here" in caplog.text
