@@ -228,7 +228,9 @@ def _words(logits: Any, first: Any, interpret: Any) -> Any:
 
 def _transforms() -> tuple[Any, ...]:
     """How 64 numbers of 16 bits lie in shared memory, for the units that multiply and copy."""
-    return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    # A type checker takes them for abstract.
+    backend: Any = plgpu
+    return backend.TilingTransform((8, 64)), backend.SwizzleTransform(128)
 
 
 def _pipeline(hidden, kernel, transposed, body: Callable[..., Any], context: Callable[..., Any]) -> Any:

@@ -240,7 +240,7 @@ def pad_prompts(
     """Right-padded prompts and their lengths, both axes rounded up to a bucket."""
     lengths = np.ones(power_of_two(len(groups)), np.int32)
     lengths[: len(groups)] = [len(group.prompt) for group in groups]
-    tokens = np.zeros((len(lengths), prompt_bucket(int(lengths.max()), max_length)), np.int32)
+    tokens = np.zeros((len(lengths), prompt_bucket(int(np.max(lengths)), max_length)), np.int32)
     for row, group in enumerate(groups):
         tokens[row, : lengths[row]] = group.prompt
     return tokens, lengths

@@ -129,4 +129,6 @@ class Audit:
 
 
 def _reduced(deviations: np.ndarray, exact: bool) -> float:
-    return float((np.max if exact else np.mean)(deviations)) if deviations.size else 0.0
+    if not deviations.size:
+        return 0.0
+    return float(np.max(deviations) if exact else np.mean(deviations))

@@ -163,7 +163,7 @@ def pack_batch(
         found = [[start + i for i in row] for row in pack(lengths, time, rows, devices)]
         packed.append([found[first : first + rows] for first in range(0, len(found), rows)])
     used = np.array([len(parts) for parts in packed], np.int32)
-    each = bucket_length(int(used.max()), minimum=1)
+    each = bucket_length(int(np.max(used)), minimum=1)
     parts = [part for found in packed for part in [*found, *[[]] * (each - len(found))]]
     most = bucket_length(max(sum(map(len, part)) for part in parts), minimum=1)
     response = None if limits is None else limits.fitting(samples)[1]
