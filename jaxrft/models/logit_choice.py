@@ -78,7 +78,7 @@ def product_fault(
         sizes: tokens, channels and words.
         interpret: Pallas' parameters to run the kernels without a GPU.
     """
-    from jaxrft.models.logit_product import cotangents_of, differentiate_product, reduce_product
+    from jaxrft.models.logit_product import WORDS, cotangents_of, differentiate_product, reduce_product
 
     rng, (tokens, hidden, words) = np.random.default_rng(0), sizes
     states, kernel = ((rng.normal(size=s) * hidden**-0.25).astype(jnp.dtype(dtype)) for s in (sizes[:2], sizes[1:]))
@@ -95,7 +95,7 @@ def product_fault(
         return jax.device_get(jax.jit(functools.partial(reduce_product, **how))(states, weights, places, rows[0]))
 
     def expected() -> Sequence[np.ndarray]:
-        tiles, there = (a[:, : words // 128 * 128].reshape(tokens, -1, 128) for a in (logits, target))
+        tiles, there = (a[:, : words // WORDS * WORDS].reshape(tokens, -1, WORDS) for a in (logits, target))
         peaks = tiles.max(-1)
         shifted = (tiles - peaks[:, :, None]) * sharpness[:, None, None]
         parts = peaks, np.exp(shifted).sum(-1), (np.exp(shifted) * shifted).sum(-1), (tiles * there).sum(-1)

@@ -1,16 +1,14 @@
 """The output projection with what is made of its logits at the end of the product, for Hopper GPUs.
 
-A product whose float32 logits go to memory, to be read again, takes a quarter more time than the product: here each
-tile of logits is reduced, or turned into its cotangents, where it lies in registers. Kernels of Pallas' Mosaic GPU, in
-the form usual for this GPU: one warpgroup loads tiles ahead, two multiply, and each multiprocessor takes tile after
-tile. While one of the two reduces a tile, the other may multiply.
+A product whose float32 logits go to memory, to be read again, takes a fifth more time than the product: here each
+tile of logits is reduced, or turned into its cotangents, where it lies in registers. While one of the two warpgroups
+that multiply (``logit_tiles.py``) does so, the other may go on.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +17,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-# Of a warpgroup's tile: tokens and words, both sums of several of the GPU's own products; and of what both warpgroups
-# are given at a time, channels, and how many times they are given them ahead.
-TOKENS, WORDS, CHANNELS, STEPS = 128, 128, 64, 4
-WARPGROUPS = 2
-# Words of a tile that are worked on, and stored, at a time: the rest of the shared memory has room for no more.
-PART = 64
-# Rows of tiles whose columns are taken in turn, so that what is read again is still in the GPU's cache.
-NEIGHBOURS = 8
+from jaxrft.models.logit_tiles import (
+    CHANNELS,
+    PART,
+    TOKENS,
+    WARPGROUPS,
+    WORDS,
+    for_each_tile,
+    run,
+    transforms,
+    with_memory,
+)
+
 LOG2_E = math.log2(math.e)
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -71,7 +73,7 @@ def reduce_product(
     tokens, words = len(hidden), kernel.shape[not transposed]
     hidden, places, sharpness = (_whole(array) for array in (hidden, places, sharpness))
     shape = (4, words // WORDS, len(hidden))
-    (parts,) = _run(
+    (parts,) = run(
         functools.partial(_reduce_kernel, transposed=transposed, interpret=interpret),
         (hidden, kernel, places, sharpness * LOG2_E),
         [(shape, jnp.float32)],
@@ -116,7 +118,7 @@ def differentiate_product(
     hidden, places = _whole(hidden), _whole(places)
     widths = ((0, -words % WORDS), (0, 0))
     kernel = jnp.pad(kernel, widths if transposed else widths[::-1])
-    (found,) = _run(
+    (found,) = run(
         functools.partial(_differentiate_kernel, transposed=transposed, interpret=interpret),
         (hidden, kernel, places, *(_whole(row) for row in rows)),
         [((len(hidden), kernel.shape[not transposed]), hidden.dtype)],
@@ -129,26 +131,6 @@ def _whole(array: Array) -> Array:
     """With rows behind it, so that they fill tiles."""
     missing = -len(array) % (WARPGROUPS * TOKENS)
     return jnp.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1)) if missing else array
-
-
-def _run(kernel: Any, arguments: Any, results: Any, interpret: Any) -> Any:
-    return plgpu.kernel(
-        kernel,
-        out_type=[jax.ShapeDtypeStruct(*result) for result in results],
-        grid=(_multiprocessors(),),
-        grid_names=("multiprocessor",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(*arguments)
-
-
-def _multiprocessors() -> int:
-    """Of the GPU that is compiled for; of a CPU, which interprets the kernel, two."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    cores = getattr(jax.local_devices()[0], "core_count", None) if device is None else device.num_cores
-    return cores or 2
 
 
 def _reduce_kernel(hidden, kernel, places, scale, out, *, transposed, interpret):
@@ -174,9 +156,9 @@ def _reduce_kernel(hidden, kernel, places, scale, out, *, transposed, interpret)
             for i in range(4):
                 plgpu.copy_smem_to_gmem(found.at[warpgroup, i], out.at[i, column, tokens])
 
-        _for_each_tile(hidden, kernel, transposed, allocations, before, after)
+        for_each_tile(hidden, kernel, transposed, allocations, before, after)
 
-    _with_memory(hidden, kernel, transposed, scratch, plgpu.SMEM((WARPGROUPS, 4, TOKENS), jnp.float32))
+    with_memory(hidden, kernel, transposed, scratch, plgpu.SMEM((WARPGROUPS, 4, TOKENS), jnp.float32))
 
 
 def _differentiate_kernel(hidden, kernel, places, *refs, transposed, interpret):
@@ -199,10 +181,10 @@ def _differentiate_kernel(hidden, kernel, places, *refs, transposed, interpret):
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(found.at[warpgroup], out.at[tokens, pl.ds(first, PART)])
 
-        _for_each_tile(hidden, kernel, transposed, allocations, before, after)
+        for_each_tile(hidden, kernel, transposed, allocations, before, after)
 
-    memory = plgpu.SMEM((WARPGROUPS, TOKENS, PART), out.dtype, transforms=_transforms())
-    _with_memory(hidden, kernel, transposed, scratch, memory)
+    memory = plgpu.SMEM((WARPGROUPS, TOKENS, PART), out.dtype, transforms=transforms())
+    with_memory(hidden, kernel, transposed, scratch, memory)
 
 
 def _load(ref: Any, tokens: Any, interpret: Any) -> Any:
@@ -224,85 +206,3 @@ def _words(logits: Any, first: Any, interpret: Any) -> Any:
     if interpret:
         return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + first
     return plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA) + first
-
-
-def _transforms() -> tuple[Any, ...]:
-    """How 64 numbers of 16 bits lie in shared memory, for the units that multiply and copy."""
-    # A type checker takes them for abstract.
-    backend: Any = plgpu
-    return backend.TilingTransform((8, 64)), backend.SwizzleTransform(128)
-
-
-def _pipeline(hidden, kernel, transposed, body: Callable[..., Any], context: Callable[..., Any]) -> Any:
-    """Runs ``body`` on channel after channel of a tile, which are loaded ahead of it."""
-    shape, place = ((WORDS, CHANNELS), lambda k: (0, k)) if transposed else ((CHANNELS, WORDS), lambda k: (k, 0))
-    tokens = (WARPGROUPS * TOKENS, CHANNELS)
-    return plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(hidden.shape[1] // CHANNELS,),
-        in_specs=[
-            plgpu.BlockSpec(tokens, lambda k: (0, k), transforms=_transforms(), memory_space=plgpu.SMEM),
-            plgpu.BlockSpec(shape, place, transforms=_transforms(), memory_space=plgpu.SMEM),
-        ],
-        wg_axis="warpgroup",
-        num_compute_wgs=WARPGROUPS,
-        memory_registers=40,
-        max_concurrent_steps=min(STEPS, hidden.shape[1] // CHANNELS),
-        compute_context=context,
-    )
-
-
-def _with_memory(hidden, kernel, transposed, scratch: Callable[..., None], memory: Any) -> None:
-    """Runs ``scratch`` with what the pipeline needs, and with memory that the warpgroups share."""
-
-    def nothing(*_: Any) -> None:
-        pass
-
-    allocations = _pipeline(hidden, kernel, transposed, nothing, nothing).get_allocations(hidden, kernel)
-
-    def run(allocations: Any, found: Any) -> None:
-        scratch(allocations, found)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    pl.run_scoped(run, allocations, memory, collective_axes="warpgroup")
-
-
-def _for_each_tile(hidden, kernel, transposed, allocations, before: Callable[..., Any], after: Callable[..., None]):
-    """Has every multiprocessor multiply its tiles.
-
-    Args:
-        before: gives what ``after`` wants of some tokens, and is called before they are multiplied.
-        after: is called with a warpgroup's logits, what ``before`` gave, the warpgroup, its tokens, and the tile's
-            place among the columns of tiles.
-    """
-    warpgroup = jax.lax.axis_index("warpgroup")
-    rows, columns = len(hidden) // (WARPGROUPS * TOKENS), kernel.shape[not transposed] // WORDS
-
-    @plgpu.nd_loop((rows * columns,), collective_axes="multiprocessor")
-    def tile(loop: Any) -> None:
-        row, column = plgpu.planar_snake(loop.index[0], (rows, columns), 0, NEIGHBOURS)
-        first = row * WARPGROUPS * TOKENS
-        tokens = pl.ds(first + warpgroup * TOKENS, TOKENS)
-
-        def context(multiply: Callable[..., None]) -> None:
-            early = before(tokens)
-
-            def finish(sums: Any) -> None:
-                multiply(sums)
-                after(sums[...], early, warpgroup, tokens, column)
-
-            pl.run_scoped(finish, plgpu.ACC((TOKENS, WORDS), jnp.float32))
-
-        def body(_: Any, states: Any, columns: Any, sums: Any) -> Any:
-            plgpu.wgmma(
-                sums, states.at[pl.ds(warpgroup * TOKENS, TOKENS)], columns.transpose((1, 0)) if transposed else columns
-            )
-            plgpu.wgmma_wait(0)
-            return sums
-
-        words = pl.ds(column * WORDS, WORDS)
-        _pipeline(hidden, kernel, transposed, body, context)(
-            hidden.at[pl.ds(first, WARPGROUPS * TOKENS), :],
-            kernel.at[words, :] if transposed else kernel.at[:, words],
-            allocations=allocations,
-        )
