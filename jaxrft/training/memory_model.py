@@ -97,7 +97,7 @@ def _logits(sizes: Sizes) -> float:
 
 def _reduced(sizes: Sizes) -> float:
     """What a kernel that reduces logits with their product leaves: four numbers a token for each 128 words."""
-    if sizes.platform == "cpu":
+    if sizes.platform == "cpu" or sizes.itemsize != 2:
         return 0
     return 4 * FLOAT32 * round(sizes.rows * sizes.picks) * math.ceil(sizes.vocab / ALIGNMENT)
 

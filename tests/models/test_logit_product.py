@@ -132,11 +132,13 @@ def test_logprobs_and_gradients(words, transposed, chunk, monkeypatch):
     np.testing.assert_allclose(values[0].ravel(), log_p[np.arange(150), places], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(values[1].ravel(), scipy.special.entr(np.exp(log_p)).sum(-1), rtol=1e-4, atol=1e-4)
     assert set(called) == {reduce_product, differentiate_product}
-    called.clear()
-    _, expected = run(states.astype(jnp.float32), weights, "plain")
-    assert not called
-    for ours, theirs in zip(gradients, expected):
-        ours, theirs = np.float64(ours), np.float64(theirs)
+    d_logprobs, d_entropy = (row.reshape(-1, 1) for row in rows)
+    p, entropy = np.exp(log_p), np.float64(values[1]).reshape(-1, 1)
+    d_z = (np.arange(words) == places[:, None]) * d_logprobs - p * (d_logprobs + d_entropy * (log_p + entropy))
+    d_z = d_z * sharpness[:, None]
+    d_kernel = np.float64(states).T @ d_z
+    for ours, theirs in zip(gradients, (d_z @ kernel.T, d_kernel.T if transposed else d_kernel)):
+        ours = np.float64(ours)
         # What is lost is what rounding the logits' cotangents to 16 bits loses.
         assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
 
@@ -264,7 +266,10 @@ def test_other_ways_and_why(changed, arguments, way, level, text, trials, caplog
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_as_compiled(dtype, transposed):
-    if jax.local_devices()[0].compute_capability != "9.0":
-        pytest.skip("the kernels are for GPUs of compute capability 9.0")
-    assert product_fault(dtype, transposed) is None
-    assert choose_way(jnp.dtype(dtype), 896, 151936, transposed) == "product"
+    """On a Hopper GPU they are right and taken; on another one they are not taken."""
+    way = choose_way(jnp.dtype(dtype), 896, 151936, transposed)
+    if jax.local_devices()[0].compute_capability == "9.0":
+        assert product_fault(dtype, transposed) is None
+        assert way == "product"
+    else:
+        assert way != "product"

@@ -1,8 +1,10 @@
 """The memory plan: against the compiler's own account, and what it advises against itself."""
 
 import dataclasses
+import functools
 import json
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,12 @@ from jaxrft.models import Decoder
 from jaxrft.models.attention import causal_mask
 from jaxrft.models.attention.triton import attend_triton
 from jaxrft.models.joined import JoinedKernel
+from jaxrft.models.logit_product import reduce_product
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, make_mesh
 from jaxrft.rollout import NativeEngine
 from jaxrft.rollout.programs import Programs
+from jaxrft.training import memory_model
 from jaxrft.training import plan as planning
 from jaxrft.training.memory_sizes import Sizes
 from jaxrft.training.plan import GIB, MIB, Plan, check_plan, make_plan, usable_bytes
@@ -62,6 +66,25 @@ def sizes_of(spec, rows, length, tensor=1):
 def plan_of(config, spec, limit=None, reference=False, platform="gpu", **options):
     layout = Layout(make_mesh(), config.parallel.chosen_strategy)
     return make_plan(config, spec, layout, reference=reference, limit=limit, platform=platform, **options)
+
+
+def test_what_reduced_logits_take_is_planned():
+    """Of a long row it is more than chunks of logits are: the kernel's results, by their shapes."""
+    spec = spec_of(vocab=151936)
+    sizes = sizes_of(spec, rows=1, length=131072)
+    tokens = round(sizes.rows * sizes.picks)
+    states, kernel = ((n, spec.hidden_size) for n in (tokens, spec.vocab_size))
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (states, kernel))
+    row, places = (jax.ShapeDtypeStruct((tokens,), dtype) for dtype in (jnp.float32, jnp.int32))
+    parts = jax.eval_shape(functools.partial(reduce_product, transposed=True), *shapes, places, row)
+    taken = sum(part.size * part.dtype.itemsize for part in parts)
+    assert taken > 2**30
+    for items in (memory_model.update_items(sizes, False), memory_model._projection(sizes)):
+        assert items["output projection"] > taken
+    without = memory_model._projection(sizes)["output projection"]
+    with mock.patch.object(memory_model, "_reduced", return_value=0.0):
+        assert memory_model._projection(sizes)["output projection"] < without
+    assert memory_model._reduced(sizes) == taken
 
 
 SCAN = {"scan_layers": True}
