@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 
@@ -21,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where several devices run something small, compiling takes most of the time. The soak's whole matrix is compiled as
 # users have it.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+STACKS = pytest.StashKey[TextIO]()
+DEAD = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +57,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU; there, run: pytest -m gpu")
         for item in marked:
             item.add_marker(skip)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Has a worker write what its threads did when it crashes, where the session that started it looks for it."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        path = _stacks_of(worker)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        session.config.stash[STACKS] = file = path.open("w")
+        faulthandler.enable(file=file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """Notes what a worker died of, for the end of the report."""
+    if error is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # Interrupted, it still lives.
+            node.config.stash.setdefault(DEAD, {})[node.gateway.id] = node.gateway._io.popen.wait(5)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says how the workers ended that died, and what their threads did."""
+    for worker, status in config.stash.get(DEAD, {}).items():
+        terminalreporter.section(f"{worker} ended with status {status} (negative: a signal; -9: perhaps out of memory)")
+        stacks = _stacks_of(worker).read_text().splitlines()
+        runner = ("/_pytest/", "/pluggy/", "/xdist/", "/execnet/")
+        terminalreporter.write_line("\n".join(line for line in stacks if not any(part in line for part in runner)))
+
+
+def _stacks_of(worker: str) -> Path:
+    return ROOT / ".pytest_cache" / "stacks" / worker
 
 
 @pytest.fixture(autouse=True, scope="module")
