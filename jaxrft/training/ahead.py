@@ -47,10 +47,11 @@ class Ahead:
             return self._function(*arguments)
         try:
             program = self._programs[key].result()
-        except BaseException:
-            # Another call may find more memory, and compiles it anew.
+        except Exception as error:
+            # There may be more memory now; what is wrong with the function itself is said by the call.
+            logger.warning("could not be compiled ahead: %s", error)
             del self._programs[key]
-            raise
+            return self._function(*arguments)
         try:
             return program(*arguments)
         except (TypeError, ValueError) as error:  # Raised before anything runs: the arrays lie in other places.

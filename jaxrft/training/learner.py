@@ -55,6 +55,7 @@ class Learner:
         self._init, like = make_init(params, self.optimizer, self.placement, self.first_loss_scale)
         self.reset(params)
         self.reference: Any = None
+        self._compiles_ahead = False
         self._score = Ahead(make_score(self.graphdef, layout))
         # A KL in the rewards is in the advantages already.
         objective = dataclasses.replace(recipe.policy, kl_coef=0.0) if recipe.kl.kl_in_reward else recipe.policy
@@ -118,21 +119,26 @@ class Learner:
         return jax.device_put(params, whole.shardings("params", params))
 
     def compile_ahead(self) -> None:
-        """Starts to compile what an update takes whose samples are as long as they may be; returns at once."""
+        """Starts to compile what an update takes whose samples are as long as they may be; returns at once.
+
+        From now on the step is also compiled while the samples of a rollout that has another shape are scored.
+        """
         config = self.config
         logprobs = np.zeros(config.max_completion_length, np.float32)
         longest = Sample(prompt_ids=[0] * config.max_prompt_length, response_ids=[0] * len(logprobs), logprobs=logprobs)
         rows = make_rows(config, [longest] * config.rollout_samples)
+        if config.audit.enabled or config.updates_per_rollout > 1 or self.needs_reference:
+            self._score.prepare(self.state.params, _abstract(rows, batch_shardings(rows, self.layout)))
+        self._prepare_step(rows)
+        self._compiles_ahead = True
+
+    def _prepare_step(self, rows: TrainBatch) -> None:
+        """Starts to compile the step for batches of this shape, which are on the host and not yet scored."""
         if self.needs_reference:
             rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs)
-        placed = batch_shardings(rows, self.layout)
-        batch = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), rows, placed)
-        if self.steps_per_rollout > 1:
-            placed = select_step(rows, 0, self.steps_per_rollout)
-            batch = jax.tree.map(
-                lambda a, whole: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole.sharding), placed, batch
-            )
-        self._step.prepare(self.state, batch, UNBOUNDED, np.float32(0))
+        shardings = batch_shardings(rows, self.layout)
+        part = rows if self.steps_per_rollout == 1 else select_step(rows, 0, self.steps_per_rollout)
+        self._step.prepare(self.state, _abstract(part, shardings), UNBOUNDED, np.float32(0))
 
     def close(self) -> None:
         """Begins no further compilation."""
@@ -141,7 +147,10 @@ class Learner:
 
     def prepare(self, samples: Sequence[Sample], *, score_old: bool) -> TrainBatch:
         """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for."""
-        batch = self._place(make_rows(self.config, samples))
+        rows = make_rows(self.config, samples)
+        if self._compiles_ahead:
+            self._prepare_step(rows)
+        batch = self._place(rows)
         if score_old:
             old = self._score(self.state.params, batch)
             # From the host: one small program less for each length.
@@ -191,6 +200,10 @@ class Learner:
 
     def _place(self, batch: TrainBatch) -> TrainBatch:
         return jax.device_put(batch, batch_shardings(batch, self.layout))
+
+
+def _abstract(batch: TrainBatch, shardings: Any) -> Any:
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), batch, shardings)
 
 
 def _numbers(stats: dict[str, Any]) -> dict[str, float]:

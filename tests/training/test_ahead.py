@@ -37,50 +37,73 @@ def test_a_prepared_program_is_the_one_that_runs(caplog):
     ahead.close()
 
 
-def test_what_is_wrong_is_said_when_it_is_called():
-    tried = []
+def test_what_cannot_be_compiled_ahead_is_compiled_when_it_is_called(caplog):
+    """There may be more memory by then; what is wrong in itself is raised by the call."""
+    failures = ["no memory for it"]
 
     @jax.jit
-    def fails_once(a):
-        tried.append(None)
-        if len(tried) == 1:
-            raise RuntimeError("no memory for it")
+    def function(a):
+        if failures:
+            raise RuntimeError(failures.pop())
         return a + 1
 
-    ahead = Ahead(fails_once)
+    ahead = Ahead(function)
     ahead.prepare(np.zeros(2))
-    with pytest.raises(RuntimeError, match="no memory for it"):
-        ahead(np.zeros(2))
     np.testing.assert_array_equal(ahead(np.zeros(2)), 1)
+    assert "could not be compiled ahead: no memory for it" in caplog.text
+    failures += ["wrong", "wrong"]
+    ahead.prepare(np.zeros(3))
+    with pytest.raises(RuntimeError, match="wrong"):
+        ahead(np.zeros(3))
+    np.testing.assert_array_equal(ahead(np.zeros(3)), 1)
     ahead.close()
 
 
 @pytest.mark.parametrize("values", [{}, {"beta": 0.0, "steps_per_generation": 2}], ids=["reference", "two steps"])
-def test_an_update_is_compiled_ahead(values):
-    """Samples as long as they may be find their program; it does what one does that is compiled when it is needed."""
-    results = []
+def test_an_update_is_compiled_ahead(values, monkeypatch, caplog):
+    """The longest samples find both programs; of others the step is begun before they are scored. Results are the same.
+
+    The counts are of programs that were compiled when they were called for.
+    """
+    results, begun = [], []
     for prepared in (True, False):
         learner = learner_of(make_model(), 4, max_prompt_length=16, **values)
         if learner.needs_reference:
             learner.keep_reference()
         if prepared:
             learner.compile_ahead()
-        config = learner.config
-        samples = make_samples(config.rollout_samples)
-        longest = [
-            type(s)(
-                prompt_ids=[1] * config.max_prompt_length,
-                response_ids=[2] * config.max_completion_length,
-                logprobs=np.full(config.max_completion_length, -1.0, np.float32),
-                advantage=s.advantage,
-                group=s.group,
-            )
-            for s in samples
-        ]
-        results.append(list(update(learner, longest)))
-        assert (learner._step.late == 0) == prepared
-        learner.close()
+        score = learner._score
+
+        def scored(*arguments, learner=learner, score=score):
+            begun.append(len(learner._step._programs))
+            return score(*arguments)
+
+        monkeypatch.setattr(learner, "_score", scored)
+        longest, shorter = (samples_of_length(learner.config, divisor) for divisor in (1, 2))
+        results.append([update(learner, longest)])
+        assert (score.late > 0, learner._step.late) == ((False, 0) if prepared else (True, 1))
+        results[-1].append(update(learner, shorter))
+        assert (score.late > 0, learner._step.late) == ((True, 0) if prepared else (True, 2))
+        score.close()
+        learner._step.close()
     assert results[0] == results[1]
+    calls = 2 if "beta" not in values else 1
+    assert begun == [1] * calls + [2] * calls + [0] * 2 * calls
+    assert "in vain" not in caplog.text
+
+
+def samples_of_length(config, divisor):
+    """A rollout of samples of one length, the longest over ``divisor``."""
+    prompt, response = config.max_prompt_length // divisor, config.max_completion_length // divisor
+    return [
+        dataclasses.replace(
+            sample,
+            prompt_ids=[1] * prompt,
+            response_ids=[2] * response,
+            logprobs=np.full(response, -1.0, np.float32),
+        )
+        for sample in make_samples(config.rollout_samples)
+    ]
 
 
 def test_ragged_lengths_compile_few_programs(tmp_path, caplog):
