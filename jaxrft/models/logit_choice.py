@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrft.models.once import Once
 from jaxrft.models.trial import fault
 
 logger = logging.getLogger(__name__)
@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 # In one kernel with the product (logit_product.py), each chunk of them in one pass by a kernel that reads them
 # (logit_kernel.py), or in passes that XLA makes.
 Way = Literal["product", "rows", "plain"]
-
-_trying = threading.Lock()
 
 
 def choose_way(dtype: Any, hidden: int, words: int, transposed: bool) -> Way:
@@ -33,12 +31,10 @@ def choose_way(dtype: Any, hidden: int, words: int, transposed: bool) -> Way:
     """
     if jax.default_backend() == "cpu":
         return "plain"
-    # A step may be compiled in a thread while another program is: one of them tries the kernels.
-    with _trying:
-        return _choose_on_a_gpu(jnp.dtype(dtype).name, hidden, words, transposed)
+    return _choose_on_a_gpu(jnp.dtype(dtype).name, hidden, words, transposed)
 
 
-@functools.lru_cache(maxsize=64)
+@Once
 def _choose_on_a_gpu(dtype: str, hidden: int, words: int, transposed: bool) -> Way:
     refused = _refusal(dtype, hidden, words, transposed)
     product = refused or product_fault(dtype, transposed)
@@ -68,7 +64,7 @@ def _refusal(dtype: str, hidden: int, words: int, transposed: bool) -> str | Non
 TRIAL = (1100, 320, 3904)
 
 
-@functools.lru_cache(maxsize=8)
+@Once
 def product_fault(
     dtype: str, transposed: bool, sizes: tuple[int, int, int] = TRIAL, interpret: Any = None
 ) -> str | None:
@@ -131,7 +127,7 @@ def _cotangents(logits, target, sharpness, entropy, peak, log_norm, d_logprobs, 
     return (target * d_logprobs - np.exp(log_p) * (d_logprobs + d_entropy * (log_p + entropy))) * sharpness
 
 
-@functools.lru_cache(maxsize=1)
+@Once
 def rows_fault() -> str | None:
     """What is wrong, on a small case, with the kernel that reads logits once; None: nothing is."""
     # Pallas is loaded where it is used.

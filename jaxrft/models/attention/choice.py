@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 
 from jaxrft.models.attention.cudnn_packed import missing_interface
 from jaxrft.models.attention.probing import probe
+from jaxrft.models.once import Once
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Use:
     here: bool = True
 
 
-@functools.lru_cache(maxsize=256)
+@Once
 def choose(wanted: str, use: Use) -> str:
     """The implementation for whole rows, one of ``KERNELS``. Logged once for each use.
 
@@ -86,7 +86,7 @@ def _kernels(use: Use) -> tuple[str, ...]:
     return ("triton", "cudnn") if use.packed else ("cudnn", "triton")
 
 
-@functools.lru_cache(maxsize=256)
+@Once
 def choose_decode(wanted: str, use: Use) -> str:
     """The implementation for a slot's newest token: Triton's where it can, else whole scores. Logged once a use."""
     kernel = "triton_decode"

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrft.models.attention import KERNELS, attend_cached
 from jaxrft.models.attention.mask import cache_mask, causal_mask
+from jaxrft.models.once import Once
 from jaxrft.models.trial import fault
 
 # Of a kernel's result and gradients from those of whole scores, of the largest of them: some roundings of bfloat16.
@@ -20,7 +21,7 @@ GRADIENTS: tuple[str, ...] = ("values", "gradients of queries", "of keys", "of v
 DECODED = ("values", "values with a new token", "keys of the cache", "values of the cache") * 2
 
 
-@functools.lru_cache(maxsize=32)
+@Once
 def probe(kernel: str, dtype: str, head_dim: int, window: int | None = None, packed: bool = False) -> str | None:
     """Runs a kernel on a small case and compares it, gradients too where it has them, with whole scores.
 
