@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where several devices run something small, compiling takes most of the time. The soak's whole matrix is compiled as
 # users have it.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+STACKS_FOLDER = ROOT / ".pytest_cache" / "stacks"
 STACKS = pytest.StashKey[TextIO]()
 DEAD = pytest.StashKey[dict[str, int]]()
 
@@ -61,11 +63,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Has a worker write what its threads did when it crashes, where the session that started it looks for it."""
-    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        path = _stacks_of(worker)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        session.config.stash[STACKS] = file = path.open("w")
-        faulthandler.enable(file=file)
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        shutil.rmtree(STACKS_FOLDER, ignore_errors=True)
+        return
+    STACKS_FOLDER.mkdir(parents=True, exist_ok=True)
+    session.config.stash[STACKS] = file = (STACKS_FOLDER / worker).open("w")
+    faulthandler.enable(file=file)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -80,13 +84,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Says how the workers ended that died, and what their threads did."""
     for worker, status in config.stash.get(DEAD, {}).items():
         terminalreporter.section(f"{worker} ended with status {status} (negative: a signal; -9: perhaps out of memory)")
-        stacks = _stacks_of(worker).read_text().splitlines()
+        file = STACKS_FOLDER / worker
+        stacks = file.read_text().splitlines() if file.exists() else []
         runner = ("/_pytest/", "/pluggy/", "/xdist/", "/execnet/")
         terminalreporter.write_line("\n".join(line for line in stacks if not any(part in line for part in runner)))
-
-
-def _stacks_of(worker: str) -> Path:
-    return ROOT / ".pytest_cache" / "stacks" / worker
 
 
 @pytest.fixture(autouse=True, scope="module")

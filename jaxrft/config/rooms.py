@@ -140,8 +140,9 @@ class ParallelConfig(Section):
     )
     compile_ahead: bool | None = option(
         None,
-        "Compile the programs that score and train the longest samples while the first rollout runs, and the step for "
-        "shorter ones while these are scored. None: where there is a GPU; a CPU has no cores to spare.",
+        "Compile the programs that score and train the longest samples while the first rollout runs (not of packed "
+        "rows), and the step for others while these are scored. None: where there is a GPU; a CPU has no cores to "
+        "spare.",
     )
     optimization_level: Literal["O0", "O1", "O2", "O3"] | None = option(
         None,

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,21 +30,30 @@ class Once(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The function's result for these arguments."""
-        key = args, tuple(sorted(kwargs.items()))
-        with self._lock:
-            found = self._results.get(key)
-            result = self._results.setdefault(key, Future()) if found is None else found
-        if found is None:
-            self._make(key, result, args, kwargs)
-        return result.result()
+        key, mine = (args, tuple(sorted(kwargs.items()))), Future[R]()
+        while True:
+            try:
+                with self._lock:
+                    found = self._results.setdefault(key, mine)
+                if found is mine:
+                    mine.set_result(self._function(*args, **kwargs))
+            except BaseException as error:
+                self._drop(key, mine)
+                if not mine.done():
+                    mine.set_exception(error)
+                raise
+            try:
+                return found.result()
+            except BaseException as error:
+                theirs = found.done() and found.exception() is error
+                # Ctrl-C in the thread that made the call is no result of it.
+                if isinstance(error, Exception) or not theirs:
+                    raise
 
-    def _make(self, key: Hashable, result: Future[R], args: Any, kwargs: Any) -> None:
-        try:
-            result.set_result(self._function(*args, **kwargs))
-        except BaseException as error:
-            with self._lock:
-                self._results.pop(key, None)
-            result.set_exception(error)
+    def _drop(self, key: Hashable, mine: Future[R]) -> None:
+        with self._lock:
+            if self._results.get(key) is mine:
+                del self._results[key]
 
     def cache_clear(self) -> None:
         """Forgets all results."""

@@ -10,12 +10,17 @@ import jax
 
 logger = logging.getLogger(__name__)
 
+# One for the program that is needed next while another, which may be needed later, is being compiled.
+THREADS = 2
+
 
 class Ahead:
-    """A jitted function that can be compiled ahead, in a thread.
+    """A jitted function that can be compiled ahead, in threads.
 
-    Called with arguments that it was prepared for, it waits for that program; with others, it compiles as usual.
-    The thread has the settings of ``jax.config.update``; what a ``with`` of JAX sets for the calling thread it has not.
+    Called with arguments that it was prepared for, it waits for that program; with others, and where that program has
+    failed or others are still in its way, it compiles as usual. The threads have the settings of ``jax.config.update``;
+    what a ``with`` of JAX sets for the calling thread they have not. A process that ends waits for what is being
+    compiled.
 
     Args:
         function: of ``jax.jit``.
@@ -36,21 +41,15 @@ class Ahead:
         if key in self._programs:
             return
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile-ahead")
+            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile-ahead")
         abstract = jax.tree.map(abstract_of, arguments)
         self._programs[key] = self._pool.submit(lambda: self._function.lower(*abstract).compile())
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
         key = _key(arguments) if self._programs else None
-        if key not in self._programs:
-            return self._function(*arguments)
-        try:
-            program = self._programs[key].result()
-        except Exception as error:
-            # There may be more memory now; what is wrong with the function itself is said by the call.
-            logger.warning("could not be compiled ahead: %s", error)
-            del self._programs[key]
+        program = self._program(key)
+        if program is None:
             return self._function(*arguments)
         try:
             return program(*arguments)
@@ -58,9 +57,32 @@ class Ahead:
             logger.warning("compiled ahead in vain: %s", error)
             return self._function(*arguments)
 
+    def _program(self, key: Any) -> Any:
+        """What was compiled for arguments of this key; None where nothing was."""
+        future = self._programs.get(key)
+        if future is None:
+            return None
+        others = sum(not other.done() for other in self._programs.values() if other is not future)
+        if others >= THREADS and future.cancel():
+            del self._programs[key]
+            return None
+        try:
+            return future.result()
+        except BaseException as error:
+            if future.done():
+                del self._programs[key]
+            if not isinstance(error, Exception):
+                raise
+            # There may be more memory now; what is wrong with the function itself is said by the call.
+            logger.warning("could not be compiled ahead: %s", error)
+            return None
+
     @property
     def late(self) -> int:
-        """Programs that were compiled when they were called for."""
+        """How often no prepared program was found, by the kinds of arguments that JAX tells apart.
+
+        More than were compiled, perhaps: to it, replicated arrays are of several kinds.
+        """
         return self._function._cache_size()
 
     def lower(self, *arguments: Any) -> Any:
@@ -68,9 +90,11 @@ class Ahead:
         return self._function.lower(*arguments)
 
     def close(self) -> None:
-        """Drops what has not been begun; what is being compiled ends by itself."""
+        """Drops what has not been begun; what is being compiled ends by itself. More may be prepared later."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+            self._programs = {key: future for key, future in self._programs.items() if not future.cancelled()}
 
 
 def abstract_of(array: Any) -> jax.ShapeDtypeStruct:

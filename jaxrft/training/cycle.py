@@ -102,12 +102,14 @@ class Cycle:
         dtype = np.dtype(self.trainer.model.dtype).name
         audit = Audit(self.config.audit, dtype, self.config.rollout.quantization) if due else None
         first = None if self._run.record["audited"] else audit
-        if audit is not None:
-            self._audit(audit, rollout, samples)
         order = list(range(len(samples)))
         if several:
             block = self.config.num_generations if recipe.policy.grouped else 1
             order = shuffled(len(samples), self.config.seed, number, block)
+        # Compiled while the samples are scored.
+        self.learner.compile_step([samples[i] for i in order])
+        if audit is not None:
+            self._audit(audit, rollout, samples)
         kl_in_reward = recipe.kl.kl_in_reward and self.learner.needs_reference
         missing = self._lacks_logprobs(rollout)
         score_old = several or first is not None or kl_in_reward or missing

@@ -121,19 +121,29 @@ class Learner:
     def compile_ahead(self) -> None:
         """Starts to compile what an update takes whose samples are as long as they may be; returns at once.
 
-        From now on the step is also compiled while the samples of a rollout that has another shape are scored.
+        Where rows are packed, its shapes depend on all lengths: nothing is known yet. From now on
+        :meth:`compile_step` compiles too.
         """
-        config = self.config
+        config, self._compiles_ahead = self.config, True
+        if config.batching.pack:
+            return
         logprobs = np.zeros(config.max_completion_length, np.float32)
         longest = Sample(prompt_ids=[0] * config.max_prompt_length, response_ids=[0] * len(logprobs), logprobs=logprobs)
-        rows = make_rows(config, [longest] * config.rollout_samples)
+        samples = [longest] * config.rollout_samples
         if config.audit.enabled or config.updates_per_rollout > 1 or self.needs_reference:
+            rows = make_rows(config, samples)
             self._score.prepare(self.state.params, _abstract(rows, batch_shardings(rows, self.layout)))
-        self._prepare_step(rows)
-        self._compiles_ahead = True
+        self.compile_step(samples)
 
-    def _prepare_step(self, rows: TrainBatch) -> None:
-        """Starts to compile the step for batches of this shape, which are on the host and not yet scored."""
+    def compile_step(self, samples: Sequence[Sample]) -> None:
+        """Starts to compile the step for these samples, where programs are compiled ahead; returns at once.
+
+        Args:
+            samples: in the order in which they are trained.
+        """
+        if not self._compiles_ahead:
+            return
+        rows = make_rows(self.config, samples)
         if self.needs_reference:
             rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs)
         shardings = batch_shardings(rows, self.layout)
@@ -141,16 +151,14 @@ class Learner:
         self._step.prepare(self.state, _abstract(part, shardings), UNBOUNDED, np.float32(0))
 
     def close(self) -> None:
-        """Begins no further compilation."""
+        """Begins no further compilation ahead."""
+        self._compiles_ahead = False
         self._step.close()
         self._score.close()
 
     def prepare(self, samples: Sequence[Sample], *, score_old: bool) -> TrainBatch:
         """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for."""
-        rows = make_rows(self.config, samples)
-        if self._compiles_ahead:
-            self._prepare_step(rows)
-        batch = self._place(rows)
+        batch = self._place(make_rows(self.config, samples))
         if score_old:
             old = self._score(self.state.params, batch)
             # From the host: one small program less for each length.

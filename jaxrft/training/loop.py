@@ -73,6 +73,7 @@ class TrainingRun:
             watchdog = Watchdog(self.config.watchdog, self.folder.path)
             self.phases = Phases(self.tracker.console, self.timer, watchdog, self.interrupts.check)
             self.cycle = Cycle(self)
+            stack.callback(self.learner.close)
             self._stack = stack.pop_all()
         return self
 
@@ -147,7 +148,7 @@ class TrainingRun:
         return self._finish()
 
     def _compile_ahead(self) -> None:
-        """Has the train step compiled while the first rollout runs, where there is something to gain."""
+        """Has programs compiled before they are needed, where there is something to gain."""
         wanted = self.config.parallel.compile_ahead
         if wanted or (wanted is None and jax.default_backend() != "cpu"):
             self.learner.compile_ahead()

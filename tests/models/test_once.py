@@ -37,8 +37,10 @@ def test_threads_share_one_call():
     assert calls == [(1, 2), (5, 0), (5, 0)]
 
 
-def test_an_error_comes_up_in_all_that_wait_and_is_not_kept():
-    failing, entered, looked_up = [ValueError("wrong")], threading.Event(), threading.Event()
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_errors_come_up_in_all_that_wait_and_are_not_kept(error):
+    """But for Ctrl-C, which is the business of the thread that it came to: another calls again."""
+    failing, entered, looked_up = [error("wrong")], threading.Event(), threading.Event()
 
     class Argument:
         def __hash__(self):
@@ -60,7 +62,11 @@ def test_an_error_comes_up_in_all_that_wait_and_is_not_kept():
         first = pool.submit(fails, argument)
         assert entered.wait(10)
         second = pool.submit(fails, argument)
-        for future in (first, second):
-            with pytest.raises(ValueError, match="wrong"):
-                future.result(10)
+        with pytest.raises(error, match="wrong"):
+            first.result(10)
+        if error is KeyboardInterrupt:
+            assert second.result(10) == 1
+        else:
+            with pytest.raises(error, match="wrong"):
+                second.result(10)
     assert fails(argument) == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from jaxrft import RLTrainer
+from jaxrft.config import AuditConfig, BatchingConfig, ParallelConfig
 from jaxrft.tracking import read_metrics
-from jaxrft.training.ahead import Ahead
+from jaxrft.training.ahead import THREADS, Ahead
 from tests.training.learners import learner_of, make_model, make_samples, update
-from tests.training.tiny import MODEL, SCRATCH, tiny_config
+from tests.training.tiny import MODEL, ROWS, SCRATCH, digits, tiny_config
 
 
 def test_a_prepared_program_is_the_one_that_runs(caplog):
@@ -59,37 +61,112 @@ def test_what_cannot_be_compiled_ahead_is_compiled_when_it_is_called(caplog):
     ahead.close()
 
 
-@pytest.mark.parametrize("values", [{}, {"beta": 0.0, "steps_per_generation": 2}], ids=["reference", "two steps"])
-def test_an_update_is_compiled_ahead(values, monkeypatch, caplog):
-    """The longest samples find both programs; of others the step is begun before they are scored. Results are the same.
+def test_what_has_not_been_begun_is_not_waited_for():
+    """Also after the threads have been closed; and Ctrl-C in one of them is over when it has been raised."""
+    go_on, interrupted = threading.Event(), []
 
-    The counts are of programs that were compiled when they were called for.
-    """
-    results, begun = [], []
+    @jax.jit
+    def function(a):
+        if a.shape[0] < 10:
+            assert go_on.wait(60)
+        if a.shape[0] == 11 and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return a + 1
+
+    ahead = Ahead(function)
+    for size in range(1, THREADS + 1):
+        ahead.prepare(np.zeros(size))
+    ahead.prepare(np.zeros(10))
+    np.testing.assert_array_equal(ahead(np.zeros(10)), 1)
+    assert ahead.late == 1
+    ahead.prepare(np.zeros(12))
+    ahead.close()
+    ahead.prepare(np.zeros(11))
+    with pytest.raises(KeyboardInterrupt):
+        ahead(np.zeros(11))
+    for size in (11, 12):
+        np.testing.assert_array_equal(ahead(np.zeros(size)), 1)
+    go_on.set()
+    np.testing.assert_array_equal(ahead(np.zeros(1)), 1)
+    assert ahead.late == 3
+    ahead.close()
+
+
+NO_AUDIT = AuditConfig(enabled=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "scored"),
+    [
+        ({}, True),
+        ({"audit": NO_AUDIT}, True),
+        ({"audit": NO_AUDIT, "beta": 0.0, "num_iterations": 2}, True),
+        ({"beta": 0.0, "steps_per_generation": 2}, True),
+        ({"audit": NO_AUDIT, "beta": 0.0}, False),
+    ],
+    ids=["audit", "reference", "two iterations", "two steps", "not scored"],
+)
+def test_an_update_is_compiled_ahead(values, scored, caplog):
+    """The longest samples find what they take, and others the step that was begun for them; results are the same."""
+    results = []
     for prepared in (True, False):
         learner = learner_of(make_model(), 4, max_prompt_length=16, **values)
         if learner.needs_reference:
             learner.keep_reference()
         if prepared:
             learner.compile_ahead()
-        score = learner._score
-
-        def scored(*arguments, learner=learner, score=score):
-            begun.append(len(learner._step._programs))
-            return score(*arguments)
-
-        monkeypatch.setattr(learner, "_score", scored)
-        longest, shorter = (samples_of_length(learner.config, divisor) for divisor in (1, 2))
-        results.append([update(learner, longest)])
-        assert (score.late > 0, learner._step.late) == ((False, 0) if prepared else (True, 1))
-        results[-1].append(update(learner, shorter))
-        assert (score.late > 0, learner._step.late) == ((True, 0) if prepared else (True, 2))
-        score.close()
-        learner._step.close()
+        assert len(learner._score._programs) == (prepared and scored)
+        results.append([])
+        for divisor in (1, 2):
+            samples = samples_of_length(learner.config, divisor)
+            learner.compile_step(samples)
+            results[-1].append(update(learner, samples, score_old=scored))
+            assert learner._step.late == (0 if prepared else divisor)
+            assert (learner._score.late > 0) == (scored and (divisor == 2 or not prepared))
+        learner.close()
     assert results[0] == results[1]
-    calls = 2 if "beta" not in values else 1
-    assert begun == [1] * calls + [2] * calls + [0] * 2 * calls
     assert "in vain" not in caplog.text
+
+
+def test_nothing_is_compiled_ahead_for_packed_rows_of_unknown_lengths():
+    learner = learner_of(make_model(), 4, batching=BatchingConfig(pack=True))
+    learner.keep_reference()
+    learner.compile_ahead()
+    assert not learner._step._programs
+    samples = make_samples(learner.config.rollout_samples)
+    learner.compile_step(samples)
+    update(learner, samples)
+    assert learner._step.late == 0
+    learner.close()
+    learner.compile_step(samples_of_length(learner.config, 2))
+    assert len(learner._step._programs) == 1
+
+
+def test_a_run_compiles_its_step_before_it_scores(tmp_path, monkeypatch):
+    """In the order that is trained, before the audit's scores; and leaves nothing to compile behind."""
+    config = tiny_config(
+        tmp_path, parallel=ParallelConfig(compile_ahead=True), steps_per_generation=2, num_iterations=1, max_steps=2
+    )
+    trainer, events = RLTrainer(config=config, reward_funcs=digits, train_dataset=ROWS[:8]), []
+    learner = trainer.learner
+
+    def noted(name, method):
+        def called(samples, **settings):
+            events.append((name, [(tuple(s.prompt_ids), tuple(s.response_ids)) for s in samples]))
+            return method(samples, **settings)
+
+        monkeypatch.setattr(learner, name, called)
+
+    noted("compile_step", learner.compile_step)
+    noted("prepare", learner.prepare)
+    trainer.train()
+    longest, step, audited, trained = events
+    assert [name for name, _ in events] == ["compile_step", "compile_step", "prepare", "prepare"]
+    assert set(longest[1]) == {((0,) * config.max_prompt_length, (0,) * config.max_completion_length)}
+    assert step[1] == trained[1] != audited[1]
+    assert learner._step._pool is None
+    trainer.close()
 
 
 def samples_of_length(config, divisor):
