@@ -40,11 +40,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _show(flag: str, arguments: Sequence[str]) -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # As in `--help | head`.
-    if flag == "--print-config":
-        print(to_yaml(parse([argument for argument in arguments if argument != flag])), end="")
-    else:
-        print(f"jaxrft {jaxrft.__version__}" if flag == "--version" else help_text())
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # As in `--help | head`.
+    try:
+        if flag == "--print-config":
+            print(to_yaml(parse([argument for argument in arguments if argument != flag])), end="")
+        else:
+            print(f"jaxrft {jaxrft.__version__}" if flag == "--version" else help_text())
+        sys.stdout.flush()
+    finally:
+        # Left so, a process that goes on would end without a word where it next writes to a closed pipe or socket.
+        signal.signal(signal.SIGPIPE, before)
 
 
 def _run(arguments: Sequence[str]) -> int:

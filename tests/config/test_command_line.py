@@ -1,5 +1,6 @@
 """``python -m jaxrft.train`` as a person meets it: what it prints, how it ends, what it does not load."""
 
+import signal
 import subprocess
 import sys
 
@@ -140,3 +141,12 @@ def test_no_traceback_in_a_real_process(config_file):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: max_slots: no such field (did you mean rollout.max_slots?)\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--print-config"]])
+def test_showing_leaves_signals_as_they_were(arguments, capsys):
+    """A closed pipe is an error again afterwards, not the end of the process: tests, notebooks."""
+    before = signal.getsignal(signal.SIGPIPE)
+    train.main(arguments)
+    assert signal.getsignal(signal.SIGPIPE) == before
+    assert before != signal.SIG_DFL
