@@ -37,36 +37,25 @@ def test_threads_share_one_call():
     assert calls == [(1, 2), (5, 0), (5, 0)]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_errors_come_up_in_all_that_wait_and_are_not_kept(error):
-    """But for Ctrl-C, which is the business of the thread that it came to: another calls again."""
-    failing, entered, looked_up = [error("wrong")], threading.Event(), threading.Event()
-
-    class Argument:
-        def __hash__(self):
-            # Within the lock: whoever has come this far finds the call under way.
-            if entered.is_set():
-                looked_up.set()
-            return 0
+def test_an_error_is_not_kept():
+    """Nor Ctrl-C: who waited calls for itself."""
+    failing, entered, go_on = [ValueError("wrong"), KeyboardInterrupt("wrong")], threading.Event(), threading.Event()
 
     @Once
-    def fails(argument):
+    def fails():
+        entered.set()
+        assert go_on.wait(10)
         if failing:
-            entered.set()
-            assert looked_up.wait(10)
             raise failing.pop()
         return 1
 
-    argument = Argument()
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(fails, argument)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(fails)]
         assert entered.wait(10)
-        second = pool.submit(fails, argument)
-        with pytest.raises(error, match="wrong"):
-            first.result(10)
-        if error is KeyboardInterrupt:
-            assert second.result(10) == 1
-        else:
-            with pytest.raises(error, match="wrong"):
-                second.result(10)
-    assert fails(argument) == 1
+        calls += [pool.submit(fails) for _ in range(2)]
+        go_on.set()
+        with pytest.raises(KeyboardInterrupt):
+            calls[0].result(10)
+        outcomes = sorted(repr(call.exception(10) or call.result(10)) for call in calls[1:])
+    assert outcomes == ["1", "ValueError('wrong')"]
+    assert fails() == 1
