@@ -10,17 +10,16 @@ import jax
 
 logger = logging.getLogger(__name__)
 
-# One for the program that is needed next while another, which may be needed later, is being compiled.
-THREADS = 2
+# As many as a run's rows have lengths: no program waits for another, which may not be needed.
+THREADS = 4
 
 
 class Ahead:
     """A jitted function that can be compiled ahead, in threads.
 
     Called with arguments that it was prepared for, it waits for that program; with others, and where that program has
-    failed or others are still in its way, it compiles as usual. The threads have the settings of ``jax.config.update``;
-    what a ``with`` of JAX sets for the calling thread they have not. A process that ends waits for what is being
-    compiled.
+    failed, it compiles as usual. The threads have the settings of ``jax.config.update``; what a ``with`` of JAX sets
+    for the calling thread they have not. A process that ends waits for what is being compiled.
 
     Args:
         function: of ``jax.jit``.
@@ -61,10 +60,6 @@ class Ahead:
         """What was compiled for arguments of this key; None where nothing was."""
         future = self._programs.get(key)
         if future is None:
-            return None
-        others = sum(not other.done() for other in self._programs.values() if other is not future)
-        if others >= THREADS and future.cancel():
-            del self._programs[key]
             return None
         try:
             return future.result()
