@@ -106,13 +106,14 @@ class Cycle:
         if several:
             block = self.config.num_generations if recipe.policy.grouped else 1
             order = shuffled(len(samples), self.config.seed, number, block)
-        # Compiled while the samples are scored.
-        self.learner.compile_step([samples[i] for i in order])
-        if audit is not None:
-            self._audit(audit, rollout, samples)
         kl_in_reward = recipe.kl.kl_in_reward and self.learner.needs_reference
         missing = self._lacks_logprobs(rollout)
         score_old = several or first is not None or kl_in_reward or missing
+        if score_old or audit is not None or self.learner.needs_reference:
+            # Compiled while the samples are scored.
+            self.learner.compile_step([samples[i] for i in order])
+        if audit is not None:
+            self._audit(audit, rollout, samples)
         batch = self.learner.prepare([samples[i] for i in order], score_old=score_old)
         if missing:
             batch = dataclasses.replace(batch, sampler_logprobs=batch.old_logprobs * batch.mask)

@@ -55,7 +55,6 @@ class Learner:
         self._init, like = make_init(params, self.optimizer, self.placement, self.first_loss_scale)
         self.reset(params)
         self.reference: Any = None
-        self._compiles_ahead = False
         self._score = Ahead(make_score(self.graphdef, layout))
         # A KL in the rewards is in the advantages already.
         objective = dataclasses.replace(recipe.policy, kl_coef=0.0) if recipe.kl.kl_in_reward else recipe.policy
@@ -118,14 +117,19 @@ class Learner:
         whole = dataclasses.replace(self.layout, strategy="ddp")
         return jax.device_put(params, whole.shardings("params", params))
 
+    @property
+    def compiles_ahead(self) -> bool:
+        """Whether programs are compiled before they are needed: where there is something to gain."""
+        wanted = self.config.parallel.compile_ahead
+        return jax.default_backend() != "cpu" if wanted is None else wanted
+
     def compile_ahead(self) -> None:
         """Starts to compile what an update takes whose samples are as long as they may be; returns at once.
 
-        Where rows are packed, its shapes depend on all lengths: nothing is known yet. From now on
-        :meth:`compile_step` compiles too.
+        Nothing is where nothing is compiled ahead, nor where rows are packed: shapes depend on all lengths then.
         """
-        config, self._compiles_ahead = self.config, True
-        if config.batching.pack:
+        config = self.config
+        if not self.compiles_ahead or config.batching.pack:
             return
         logprobs = np.zeros(config.max_completion_length, np.float32)
         longest = Sample(prompt_ids=[0] * config.max_prompt_length, response_ids=[0] * len(logprobs), logprobs=logprobs)
@@ -141,7 +145,7 @@ class Learner:
         Args:
             samples: in the order in which they are trained.
         """
-        if not self._compiles_ahead:
+        if not self.compiles_ahead:
             return
         rows = make_rows(self.config, samples)
         if self.needs_reference:
@@ -151,8 +155,7 @@ class Learner:
         self._step.prepare(self.state, _abstract(part, shardings), UNBOUNDED, np.float32(0))
 
     def close(self) -> None:
-        """Begins no further compilation ahead."""
-        self._compiles_ahead = False
+        """Drops what has not been begun of what is compiled ahead."""
         self._step.close()
         self._score.close()
 

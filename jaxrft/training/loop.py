@@ -6,8 +6,6 @@ import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import jax
-
 from jaxrft.config import ConfigError, parse
 from jaxrft.tracking import Tracker
 from jaxrft.tracking.timing import CompileCounter, PhaseTimer
@@ -141,17 +139,11 @@ class TrainingRun:
             load_reference(self.learner, self.folder)
         self.trainer.hand_over()
         self.check_parity()
-        self._compile_ahead()
+        self.learner.compile_ahead()
         while self.learner.step < self.trainer.total_steps:
             self._boundary()
             self.cycle.run()
         return self._finish()
-
-    def _compile_ahead(self) -> None:
-        """Has programs compiled before they are needed, where there is something to gain."""
-        wanted = self.config.parallel.compile_ahead
-        if wanted or (wanted is None and jax.default_backend() != "cpu"):
-            self.learner.compile_ahead()
 
     def _begin(self) -> None:
         """All that comes before the first rollout: warm start and reference."""

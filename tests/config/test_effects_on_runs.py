@@ -5,15 +5,17 @@ import io
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 
 from jaxrft import RLTrainer
-from jaxrft.config import AuditConfig, EvaluationConfig, TrackingConfig, WatchdogConfig
+from jaxrft.config import AuditConfig, EvaluationConfig, ParallelConfig, RLConfig, TrackingConfig, WatchdogConfig
 from jaxrft.config.parse import parse
 from jaxrft.tracking import Tracker, read_completions, read_metrics
 from jaxrft.training import loop
+from jaxrft.training.learner import Learner
 from jaxrft.training.watchdog import PhaseTimeout, Watchdog
 from tests.training.tiny import ROWS, digits, tiny_config
 
@@ -201,8 +203,6 @@ def test_progress(tmp_path, monkeypatch, progress):
 )
 def test_compile_ahead(monkeypatch, value, backend, ahead):
     """None: where there is a GPU."""
-    monkeypatch.setattr(loop.jax, "default_backend", lambda: backend)
-    run = MagicMock()
-    run.config.parallel.compile_ahead = value
-    loop.TrainingRun._compile_ahead(run)
-    assert run.learner.compile_ahead.call_count == ahead
+    monkeypatch.setattr("jaxrft.training.learner.jax.default_backend", lambda: backend)
+    config = RLConfig(parallel=ParallelConfig(compile_ahead=value))
+    assert Learner.compiles_ahead.fget(SimpleNamespace(config=config)) == ahead

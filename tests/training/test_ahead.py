@@ -112,11 +112,11 @@ def test_an_update_is_compiled_ahead(values, scored, caplog):
     """The longest samples find what they take, and others the step that was begun for them; results are the same."""
     results = []
     for prepared in (True, False):
-        learner = learner_of(make_model(), 4, max_prompt_length=16, **values)
+        parallel = ParallelConfig(compile_ahead=prepared)
+        learner = learner_of(make_model(), 4, max_prompt_length=16, parallel=parallel, **values)
         if learner.needs_reference:
             learner.keep_reference()
-        if prepared:
-            learner.compile_ahead()
+        learner.compile_ahead()
         assert len(learner._score._programs) == (prepared and scored)
         results.append([])
         for divisor in (1, 2):
@@ -131,7 +131,8 @@ def test_an_update_is_compiled_ahead(values, scored, caplog):
 
 
 def test_nothing_is_compiled_ahead_for_packed_rows_of_unknown_lengths():
-    learner = learner_of(make_model(), 4, batching=BatchingConfig(pack=True))
+    parallel = ParallelConfig(compile_ahead=True)
+    learner = learner_of(make_model(), 4, parallel=parallel, batching=BatchingConfig(pack=True))
     learner.keep_reference()
     learner.compile_ahead()
     assert not learner._step._programs
@@ -140,8 +141,6 @@ def test_nothing_is_compiled_ahead_for_packed_rows_of_unknown_lengths():
     update(learner, samples)
     assert learner._step.late == 0
     learner.close()
-    learner.compile_step(samples_of_length(learner.config, 2))
-    assert len(learner._step._programs) == 1
 
 
 def test_a_run_compiles_its_step_before_it_scores(tmp_path, monkeypatch):
