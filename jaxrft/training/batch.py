@@ -121,9 +121,9 @@ def make_batch(
         multiple: of which the rows' length must be one.
         limits: of the run; None: shapes follow from these samples alone.
     """
-    time, response = (longest_bucket(samples, multiple), None) if limits is None else limits.fitting(samples, multiple)
+    time = longest_bucket(samples, multiple) if limits is None else limits.fitting(samples, multiple)[0]
     parts = [[[i] for i in range(start, start + rows)] for start in range(0, len(samples), rows)]
-    shape = shape_of(samples, parts, rows, time, rows, pick, response)
+    shape = shape_of(samples, parts, rows, time, rows, pick, limits)
     batch = _batch(samples, parts, shape, pick, temperature, first_token_temperature)
     return dataclasses.replace(batch, segment_ids=None)
 
@@ -166,8 +166,7 @@ def pack_batch(
     each = bucket_length(int(np.max(used)), minimum=1)
     parts = [part for found in packed for part in [*found, *[[]] * (each - len(found))]]
     most = bucket_length(max(sum(map(len, part)) for part in parts), minimum=1)
-    response = None if limits is None else limits.fitting(samples)[1]
-    shape = shape_of(samples, parts, rows, time, most + -most % devices, pick, response)
+    shape = shape_of(samples, parts, rows, time, most + -most % devices, pick, limits)
     batch = _batch(samples, parts, shape, pick, temperature, first_token_temperature)
     return dataclasses.replace(batch, used=used)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrft import algorithms as alg
 from jaxrft.training.batch import TrainBatch, list_order
@@ -43,40 +44,36 @@ class Credit:
         if self.recipe.kl.kl_target is not None:
             self.kl_coef = state["kl_coef"]
 
-    def outcome(self, drawn: Drawn, greedy: RolloutBatch | None) -> alg.Outcome:
-        """The rewards of the samples that are trained on, shaped; in the order of ``drawn.samples``.
-
-        Args:
-            drawn: a rollout, and what of it is trained on.
-            greedy: one greedy completion of each of ``drawn.groups``, where the recipe asks for it.
-        """
-        chosen = drawn.rollout.select(drawn.groups)
-        # A group that is left out must not count in means over the batch either.
-        left_out = np.repeat(drawn.dropped[drawn.groups], chosen.group)
-        rewards, components, self._seen = self._shaped(chosen, left_out, update=True)
-        by_greedy = greedy_components = None
-        if greedy is not None:  # Measured as the rewards that it is subtracted from are.
-            kept = np.zeros(len(greedy.texts), bool)
-            by_greedy, greedy_components, _ = self._shaped(greedy, kept, update=False)
-        return alg.Outcome(
-            rewards=rewards,
-            components=components,
-            weights=np.append(self.weights, np.float32(1.0)),
-            group_ids=np.repeat(np.arange(len(drawn.groups), dtype=np.int32), chosen.group),
-            greedy_rewards=by_greedy,
-            greedy_components=greedy_components,
-        )
-
-    def assign(self, batch: TrainBatch, outcome: alg.Outcome, groups: int) -> tuple[TrainBatch, Float[Array, ""]]:
+    def assign(
+        self, batch: TrainBatch, drawn: Drawn, greedy: RolloutBatch | None, order: Sequence[int]
+    ) -> tuple[TrainBatch, Float[Array, ""]]:
         """The batch with advantages, and the mean KL to the reference that they hold (0 where it is in the loss).
 
         Args:
             batch: with the policy's and the reference's log-probabilities where the KL goes into the rewards.
-            outcome: of its samples, in the order of the list that it was made from.
-            groups: number of them.
+            drawn: a rollout, and what of it is trained on.
+            greedy: one greedy completion of each of ``drawn.groups``, where the recipe asks for it.
+            order: index among ``drawn.samples`` of each sample of the list that the batch was made from.
         """
-        coef = jnp.float32(self.kl_coef if self.recipe.kl.kl_in_reward else 0.0)
-        advantages, kl = _assign(self.recipe, groups, batch, outcome, coef)
+        chosen = drawn.rollout.select(drawn.groups)
+        # A group that is left out must not count in means over the batch either.
+        left_out = np.repeat(drawn.dropped[drawn.groups], chosen.group)
+        in_reward = self.recipe.kl.kl_in_reward and batch.ref_logprobs is not None
+        advantages, kl, self._seen = _assign(
+            self.recipe,
+            self.max_length,
+            len(drawn.groups),
+            batch.sample_ids,
+            batch.mask,
+            (batch.old_logprobs, batch.ref_logprobs, np.float32(self.kl_coef)) if in_reward else None,
+            scored=_Scored.of(chosen, left_out),
+            # Measured as the rewards that it is subtracted from are.
+            greedy=None if greedy is None else _Scored.of(greedy),
+            order=np.asarray(order, np.int32),
+            weights=np.append(self.weights, np.float32(1.0)),
+            # From the host: where the last program left them they would be arguments of another kind.
+            seen=jax.tree.map(np.float32, self._seen),
+        )
         placed = jax.device_put(advantages, jnp.asarray(batch.mask).sharding)
         return dataclasses.replace(batch, advantages=placed), kl
 
@@ -88,56 +85,82 @@ class Credit:
                 self.kl_coef, observed_kl, control.kl_target, control.kl_horizon, samples
             )
 
-    def _shaped(
-        self, rollout: RolloutBatch, left_out: np.ndarray, update: bool
-    ) -> tuple[np.ndarray, np.ndarray, alg.Moments]:
-        """Rewards; each of them, and what the length adds as one more, [samples, rewards + 1]; and the moments seen."""
-        total = np.where(left_out, np.nan, rollout.scores.total).astype(np.float32)
-        arguments = self.recipe.shaping, total, rollout.lengths, self.max_length, self._seen
-        rewards, terms, seen = jax.device_get(_shape(*arguments, update=update))
-        components = np.stack([*rollout.scores.components.values(), terms], axis=1).astype(np.float32)
-        return rewards, np.where(left_out[:, None], np.nan, components), seen
+
+class _Scored(NamedTuple):
+    """The rewards of some samples as they were scored; NaN where none applies.
+
+    Attributes:
+        total: of all rewards, weighted.
+        components: each of them.
+        lengths: tokens of each response.
+        left_out: whether a sample must not count in means over the batch.
+    """
+
+    total: Float[np.ndarray, "samples"]
+    components: Float[np.ndarray, "samples rewards"]
+    lengths: Int[np.ndarray, "samples"]
+    left_out: Bool[np.ndarray, "samples"]
+
+    @classmethod
+    def of(cls, rollout: RolloutBatch, left_out: Bool[np.ndarray, "samples"] | None = None) -> _Scored:
+        """Those of a rollout; None leaves nothing out."""
+        total, components = rollout.scores.total, np.stack([*rollout.scores.components.values()], axis=1)
+        left_out = np.zeros(len(total), bool) if left_out is None else left_out
+        return cls(total.astype(np.float32), components.astype(np.float32), rollout.lengths, left_out)
+
+    def shaped(
+        self, shaping: alg.RewardShaping, max_length: int, seen: alg.Moments, update: bool
+    ) -> tuple[Float[Array, "samples"], Float[Array, "samples rewards+1"], alg.Moments]:
+        """Shaped totals; each reward, and what the length adds as one more; and the moments seen."""
+        total = jnp.where(self.left_out, jnp.nan, self.total)
+        total, seen = alg.shape_rewards(shaping, total, self.lengths, max_length, seen, update)
+        terms = alg.length_terms(shaping, self.lengths, max_length)
+        components = jnp.concatenate([self.components, terms[:, None]], axis=1)
+        return total, jnp.where(self.left_out[:, None], jnp.nan, components), seen
 
 
-@jax.jit(static_argnums=(0, 3), static_argnames="update")
-def _shape(
-    shaping: alg.RewardShaping,
-    rewards: Float[Array, "samples"],
-    lengths: Int[Array, "samples"],
-    max_length: int,
-    seen: alg.Moments,
-    *,
-    update: bool,
-) -> tuple[Float[Array, "samples"], Float[Array, "samples"], alg.Moments]:
-    """Shaped rewards, what the length adds to each, and the moments seen: one program for a run's first step."""
-    shaped, seen = alg.shape_rewards(shaping, rewards, lengths, max_length, seen, update)
-    return shaped, alg.length_terms(shaping, lengths, max_length), seen
-
-
-def permuted(outcome: alg.Outcome, order: Sequence[int]) -> alg.Outcome:
-    """An outcome with its samples in another order."""
-    chosen = np.asarray(order, int)
-    return outcome._replace(
-        rewards=outcome.rewards[chosen], components=outcome.components[chosen], group_ids=outcome.group_ids[chosen]
-    )
-
-
-@jax.jit(static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _assign(
-    recipe: alg.Recipe, groups: int, batch: TrainBatch, outcome: alg.Outcome, kl_coef: Float[Array, ""]
-) -> tuple[Float[Array, "parts samples response"], Float[Array, ""]]:
+    recipe: alg.Recipe,
+    max_length: int,
+    groups: int,
+    sample_ids: Int[Array, "parts samples"],
+    mask: Float[Array, "parts samples response"],
+    penalised: tuple[Array, Array, Float[Array, ""]] | None,
+    *,
+    scored: _Scored,
+    greedy: _Scored | None,
+    order: Int[Array, "samples"],
+    weights: Float[Array, "rewards+1"],
+    seen: alg.Moments,
+) -> tuple[Float[Array, "parts samples response"], Float[Array, ""], alg.Moments]:
+    """Advantages, the mean KL that they hold, and the moments seen: one program for rollouts of all lengths.
+
+    Args:
+        penalised: log-probabilities of policy and reference, and the KL's weight, where it goes into the rewards.
+    """
+    rewards, components, after = scored.shaped(recipe.shaping, max_length, seen, update=True)
+    outcome = alg.Outcome(
+        rewards=rewards[order],
+        components=components[order],
+        weights=weights,
+        group_ids=order // (rewards.shape[0] // groups),
+    )
+    if greedy is not None:
+        by_greedy, greedy_components, _ = greedy.shaped(recipe.shaping, max_length, after, update=False)
+        outcome = outcome._replace(greedy_rewards=by_greedy, greedy_components=greedy_components)
     # The list's order, without empty places.
-    order = list_order(batch.sample_ids)[: outcome.rewards.shape[0]]
+    places = list_order(sample_ids)[: rewards.shape[0]]
 
     def listed(array):
-        return array.reshape(-1, array.shape[-1])[order]
+        return array.reshape(-1, array.shape[-1])[places]
 
-    mask = listed(batch.mask)
+    tokens = listed(mask)
     penalties, mean = None, jnp.zeros(())
-    if recipe.kl.kl_in_reward and batch.ref_logprobs is not None:
-        kl = alg.kl(listed(batch.old_logprobs), listed(batch.ref_logprobs), recipe.policy.kl_kind)
-        kl = jnp.where(mask > 0, kl, 0.0)
-        penalties, mean = kl_coef * kl, jnp.sum(kl) / jnp.maximum(jnp.sum(mask), 1.0)
-    advantages = alg.estimate_advantages(recipe.advantage, outcome, groups, mask, penalties)
-    places = jnp.zeros((batch.sample_ids.size, mask.shape[-1]), advantages.dtype)
-    return places.at[order].set(advantages).reshape(batch.mask.shape), mean
+    if penalised is not None:
+        old, reference, coef = penalised
+        kl = jnp.where(tokens > 0, alg.kl(listed(old), listed(reference), recipe.policy.kl_kind), 0.0)
+        penalties, mean = coef * kl, jnp.sum(kl) / jnp.maximum(jnp.sum(tokens), 1.0)
+    found = alg.estimate_advantages(recipe.advantage, outcome, groups, tokens, penalties)
+    empty = jnp.zeros((sample_ids.size, tokens.shape[-1]), found.dtype)
+    return empty.at[places].set(found).reshape(mask.shape), mean, after

@@ -12,7 +12,6 @@ from jaxrft.tracking.timing import peak_memory_bytes
 from jaxrft.training import metrics as measures
 from jaxrft.training.audit import Audit
 from jaxrft.training.batch import Sample, in_list_order
-from jaxrft.training.credit import permuted
 from jaxrft.training.drawing import Drawn, draw
 from jaxrft.training.rollouts import (
     RolloutBatch,
@@ -117,8 +116,7 @@ class Cycle:
         batch = self.learner.prepare([samples[i] for i in order], score_old=score_old)
         if missing:
             batch = dataclasses.replace(batch, sampler_logprobs=batch.old_logprobs * batch.mask)
-        outcome = permuted(self._run.credit.outcome(drawn, baseline), order)
-        batch, kl = self._run.credit.assign(batch, outcome, len(drawn.groups))
+        batch, kl = self._run.credit.assign(batch, drawn, baseline, order)
         updates = []
         for update in self.learner.update(batch, left, first, self._run.credit.kl_coef):
             updates.append(self._with_kl(update, kl))

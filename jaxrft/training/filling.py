@@ -33,6 +33,9 @@ class Shape:
 class Limits:
     """The longest that a run's samples may be; with them, its batches have one of few shapes.
 
+    Only what the model runs over is cut to the samples at hand. What the loss reads, a number a token, is as long as a
+    response may be, so that what is made of it (advantages) is of one shape.
+
     Attributes:
         sample: tokens of prompt and response.
         response: tokens of a response.
@@ -42,7 +45,7 @@ class Limits:
     response: int
 
     def fitting(self, samples: Sequence[Sample], multiple: int = 1) -> tuple[int, int]:
-        """Tokens of a row for the longest sample, and of the longest response: halved both or neither.
+        """Tokens of a row for the longest sample, and of the longest response in it: halved both or neither.
 
         Args:
             multiple: of which a row's length must be one.
@@ -55,6 +58,10 @@ class Limits:
         step = next(step for step in steps if rows[-step] >= time and responses[-step] >= response)
         return rows[-step], min(responses[-step], rows[-step])
 
+    def longest(self, samples: Sequence[Sample]) -> int:
+        """Tokens that a response may have."""
+        return max(self.response, *(len(s.response_ids) for s in samples))
+
 
 def shape_of(
     samples: Sequence[Sample],
@@ -63,7 +70,7 @@ def shape_of(
     time: int,
     places: int,
     pick: bool,
-    response: int | None = None,
+    limits: Limits | None = None,
 ) -> Shape:
     """Sizes that hold all micro-batches, bucketed where they are not given.
 
@@ -73,22 +80,17 @@ def shape_of(
         rows, time: of a micro-batch.
         places: samples of a micro-batch, empty places among them.
         pick: whether only response tokens are projected to the vocabulary.
-        response: tokens of a response; None: as the longest needs.
+        limits: of the run; None: as these samples need.
     """
     sizes = [len(s.response_ids) for s in samples]
     picked = max(sum(sizes[i] for i in row) for part in parts for row in part)
-    if response is None:
+    if limits is None:
         picks, response = bucket_length(picked, minimum=4), bucket_length(max(sizes), minimum=4)
     else:
-        # Of rows with one sample each, as many as a response has; packed ones are projected whole, or half.
-        picks = response if picked <= response else next(n for n in halvings(time, 4, 2) if n >= picked)
-    return Shape(
-        rows=rows,
-        time=time,
-        picks=min(picks, time) if pick else time,
-        samples=places,
-        response=response,
-    )
+        single, response = limits.fitting(samples)[1], limits.longest(samples)
+        # Of rows with one sample each, as many as its response has; packed ones are projected whole, or half.
+        picks = single if picked <= single else next(n for n in halvings(time, 4, 2) if n >= picked)
+    return Shape(rows=rows, time=time, picks=min(picks, time) if pick else time, samples=places, response=response)
 
 
 def fill(

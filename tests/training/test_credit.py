@@ -8,7 +8,7 @@ from jaxrft.data.records import Prompt
 from jaxrft.rewards.records import Scores
 from jaxrft.rollout.records import Completion
 from jaxrft.training.batch import make_batch
-from jaxrft.training.credit import Credit, permuted
+from jaxrft.training.credit import Credit
 from jaxrft.training.drawing import Drawn
 from jaxrft.training.rollouts import RolloutBatch, make_samples
 
@@ -62,7 +62,7 @@ def token_advantages(credit, drawn, greedy=None, order=None, rows=None):
     shape = batch.mask.shape
     old, reference = np.full(shape, -2, np.float32), DRIFT[order].reshape(shape) - 2
     batch = type(batch)(**{**vars(batch), "old_logprobs": old, "ref_logprobs": reference})
-    batch, kl = credit.assign(batch, permuted(credit.outcome(drawn, greedy), order), len(drawn.groups))
+    batch, kl = credit.assign(batch, drawn, greedy, order)
     back = np.argsort(order)
     advantages, mask = (np.asarray(a).reshape(-1, LONGEST)[back] for a in (batch.advantages, batch.mask))
     assert not advantages[mask == 0].any()

@@ -35,7 +35,7 @@ def test_no_training_program_holds_the_logits_of_all_tokens():
     learner = make_learner(rows=4, parts=2, vocab=vocab)
     samples = [dataclasses.replace(s, response_ids=[1] * 190, logprobs=np.zeros(190)) for s in make_samples(8)]
     batch = learner.prepare(samples, score_old=False)
-    tokens = batch.mask[0].size
+    tokens = batch.places[0].size
     allowed = max(logits_elements(tokens, vocab), vocab * 16)  # a chunk of logits, or the projection's parameters
     assert tokens * vocab > 16 * allowed, "several chunks are needed"
     model = make_model(vocab)
