@@ -8,10 +8,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jaxrft.rollout.buckets import PromptShapes, cache_bucket, whole_cache
 from jaxrft.rollout.programs import Caches, Prefilled, Programs
 from jaxrft.rollout.records import OnFinished, SamplingParams
 from jaxrft.rollout.sampling import modes, sampling_values
-from jaxrft.rollout.scheduler import Group, Scheduler, cache_bucket, pad_prompts, whole_cache
+from jaxrft.rollout.scheduler import Group, Scheduler, pad_prompts
 from jaxrft.rollout.slots import SlotState
 from jaxrft.rollout.weights import Leaf
 
@@ -26,7 +27,7 @@ class Loop:
         steps: tokens that a chunk decodes.
         max_length: tokens of prompt and completion together at most.
         grows: whether caches are as long as the longest live slot needs, else as long as any may need.
-        max_prefill_tokens: prompt tokens, padding included, that are run at once.
+        shapes: of the prompts that are run together.
     """
 
     def __init__(
@@ -40,10 +41,10 @@ class Loop:
         steps: int,
         max_length: int,
         grows: bool,
-        max_prefill_tokens: int,
+        shapes: PromptShapes,
     ):
         self._programs, self._leaves, self._scheduler = programs, leaves, scheduler
-        self._steps, self._max_length, self._max_prefill_tokens = steps, max_length, max_prefill_tokens
+        self._steps, self._max_length, self._shapes = steps, max_length, shapes
         self._grows = grows
         self._values = sampling_values(sampling, eos_ids)
         self._first_mode, self._mode = modes(sampling)
@@ -74,9 +75,11 @@ class Loop:
     def _admit(self) -> None:
         """Starts completions in free slots; runs their prompts, unless that was done for others of the group."""
         if not self._groups:
-            self._groups = self._scheduler.next_prompts(self._max_prefill_tokens)
-            tokens, lengths = pad_prompts(self._groups, self._max_length)
-            self._prompts = self._programs.prefill(self._leaves, tokens, lengths)
+            self._groups = self._scheduler.next_prompts(self._shapes)
+            tokens, lengths = pad_prompts(self._groups, self._shapes)
+            self._prompts = self._programs.prefill(
+                self._leaves, tokens, lengths, rows=self._shapes.rows[-1], length=self._shapes.lengths[-1]
+            )
         assert self._prompts is not None
         placement = self._scheduler.place(self._groups)
         state = self._fit_caches(self._scheduler.cached_after(self._steps))

@@ -11,12 +11,13 @@ from flax import nnx
 
 from jaxrft.config.base import ConfigError
 from jaxrft.models import Decoder
+from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes, power_of_two, whole_cache
 from jaxrft.rollout.checks import check_requests, check_sleep_level, check_stops, tags_to_wake
 from jaxrft.rollout.loop import Loop
 from jaxrft.rollout.programs import programs_of
 from jaxrft.rollout.records import Completion, OnFinished, Request, SamplingParams
 from jaxrft.rollout.sampling import eos_ids_of, stop_token_ids
-from jaxrft.rollout.scheduler import Scheduler, power_of_two, whole_cache
+from jaxrft.rollout.scheduler import Scheduler
 
 
 class NativeEngine:
@@ -40,6 +41,9 @@ class NativeEngine:
         max_length: tokens of prompt and completion together at most; the caches have room for this many.
         decode_chunk: tokens decoded before the host looks at what has ended.
         max_prefill_tokens: prompt tokens, padding included, that are run at once where there are several prompts.
+        max_prompt_length: tokens of a prompt at most, where that is known: each is padded to these, a half or a quarter
+            of them, so that all calls of :meth:`generate` run the same programs. Longer ones are run too. None: as the
+            longest of a call.
         eos_token_ids: end-of-sequence tokens; None takes the tokenizer's.
         quantization: ``fp8`` generates from the layers' kernels in 8-bit floating point. Log-probabilities are then
             those of the quantised model, which completions are drawn from, not the trainer's.
@@ -64,11 +68,13 @@ class NativeEngine:
         max_length: int = 1024,
         *,
         decode_chunk: int = 8,
-        max_prefill_tokens: int = 8192,
+        max_prefill_tokens: int = PREFILL_TOKENS,
+        max_prompt_length: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
         quantization: Literal["none", "fp8"] = "none",
     ):
         numbers = {"max_slots": max_slots, "decode_chunk": decode_chunk, "max_prefill_tokens": max_prefill_tokens}
+        numbers |= {} if max_prompt_length is None else {"max_prompt_length": max_prompt_length}
         for name, value in numbers.items():
             if value < 1:
                 raise ConfigError(f"{name}: got {value!r}, takes an integer of at least 1")
@@ -90,6 +96,7 @@ class NativeEngine:
         self._eos_ids = eos_ids_of(tokenizer) if eos_token_ids is None else tuple(eos_token_ids)
         self._max_slots, self._max_length = max_slots, max_length
         self._steps, self._max_prefill_tokens = decode_chunk, max_prefill_tokens
+        self._max_prompt_length = max_prompt_length
         self.compilations = 0
 
     def generate(
@@ -120,11 +127,11 @@ class NativeEngine:
         check_stops(sampling, stop_ids, vocab_size=self._vocab_size, has_tokenizer=has_tokenizer)
         if not requests:
             return []
-        total = sum(request.n for request in requests)
+        slots = min(self._max_slots, power_of_two(sum(request.n for request in requests)))
         scheduler = Scheduler(
             requests,
             sampling,
-            slots=min(self._max_slots, power_of_two(total)),
+            slots=slots,
             max_length=self._max_length,
             stop_ids=stop_ids,
             decode=self._text,
@@ -141,7 +148,9 @@ class NativeEngine:
                 steps=self._steps,
                 max_length=self._max_length,
                 grows=self._grows,
-                max_prefill_tokens=self._max_prefill_tokens,
+                shapes=PromptShapes.for_requests(
+                    requests, slots=slots, longest=self._max_prompt_length, max_tokens=self._max_prefill_tokens
+                ),
             ).run(on_progress, on_finished)
         finally:
             self.compilations += len(self._programs.compiled) - before

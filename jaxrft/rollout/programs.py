@@ -73,7 +73,7 @@ class Programs:
         self.compiled: set[tuple[Any, ...]] = set()
         self._cast = jax.jit(self._cast_impl, static_argnames="dtype")
         self._begin = jax.jit(self._begin_impl, static_argnames=("slots", "length"))
-        self._prefill = jax.jit(self._prefill_impl)
+        self._prefill = jax.jit(self._prefill_impl, static_argnames=("rows", "length"))
         self._admit = jax.jit(self._admit_impl, static_argnames="mode", donate_argnames=("state", "caches"))
         self._resize = jax.jit(self._resize_impl, static_argnames="length")
         self._decode = jax.jit(
@@ -100,10 +100,17 @@ class Programs:
         return self._call(("begin", slots, length), self._begin, leaves, values.key, slots=slots, length=length)
 
     def prefill(
-        self, leaves, tokens: Int[np.ndarray, "prompts time"], lengths: Int[np.ndarray, "prompts"]
+        self,
+        leaves,
+        tokens: Int[np.ndarray, "prompts time"],
+        lengths: Int[np.ndarray, "prompts"],
+        *,
+        rows: int,
+        length: int,
     ) -> Prefilled:
-        """Runs right-padded prompts."""
-        return self._call(("prefill", *tokens.shape), self._prefill, leaves, tokens, lengths)
+        """Runs right-padded prompts; what they leave is padded to ``rows`` prompts of ``length`` tokens."""
+        key = ("prefill", *tokens.shape, rows, length)
+        return self._call(key, self._prefill, leaves, tokens, lengths, rows=rows, length=length)
 
     def admit(
         self,
@@ -182,11 +189,14 @@ class Programs:
     def _resize_impl(self, cache, *, length):
         return self._share_out(resize(cache, length=length))
 
-    def _prefill_impl(self, leaves, tokens, lengths):
+    def _prefill_impl(self, leaves, tokens, lengths, *, rows, length):
+        prompts, time = tokens.shape
         with self._traced():
             model = self._model(leaves)
             hidden, caches = model.prefill(*self._share_out((tokens, lengths)))
-            return self._share_out(Prefilled(model.logits(hidden), caches))
+            logits = jnp.pad(model.logits(hidden), ((0, rows - prompts), (0, 0)))
+            padding = ((0, rows - prompts), (0, 0), (0, length - time), (0, 0))
+            return self._share_out(Prefilled(logits, jax.tree.map(lambda x: jnp.pad(x, padding), caches)))
 
     def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
         window = caches[0].key.shape[2]

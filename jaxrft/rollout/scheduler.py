@@ -9,41 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrft.data.batching import halvings
+from jaxrft.rollout.buckets import PromptShapes
 from jaxrft.rollout.records import Completion, FinishReason, Request, SamplingParams
 from jaxrft.rollout.slots import Placement
 from jaxrft.rollout.stopping import stop_text_end
 
 EMPTY = -1
-SMALLEST_BUCKET = 16
-# Reading fewer tokens hardly pays, and each length is programs of its own.
-SMALLEST_CACHE = 64
-# Keys that the decode kernel takes at a time, where they divide a cache.
-KERNEL_BLOCK = 64
-
-
-def power_of_two(count: int) -> int:
-    """Smallest power of two that is at least ``count``."""
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def cache_bucket(length: int, maximum: int) -> int:
-    """Tokens of a cache that holds ``length``: the maximum, its half, a quarter or an eighth, rounded up to 16.
-
-    Not below :data:`SMALLEST_CACHE`, if the maximum is not.
-    """
-    sizes = halvings(maximum, SMALLEST_BUCKET)
-    return next(size for size in sizes if size >= max(length, min(SMALLEST_CACHE, sizes[-1])))
-
-
-def whole_cache(maximum: int) -> int:
-    """Tokens of a cache that a kernel reads as far as it is filled: the maximum, rounded up to the kernel's blocks."""
-    return -(-maximum // KERNEL_BLOCK) * KERNEL_BLOCK
-
-
-def prompt_bucket(length: int, maximum: int) -> int:
-    """Tokens that a prompt is padded to: a power of two, at most those of the longest cache."""
-    return min(max(power_of_two(length), SMALLEST_BUCKET), halvings(maximum, SMALLEST_BUCKET)[-1])
 
 
 @dataclasses.dataclass
@@ -120,16 +91,16 @@ class Scheduler:
         """Slots that no completion is in."""
         return np.flatnonzero(self._owner == EMPTY)
 
-    def next_prompts(self, max_tokens: int) -> list[Group]:
-        """The first groups of the queue that the free slots can start, of ``max_tokens`` padded tokens at most."""
+    def next_prompts(self, shapes: PromptShapes) -> list[Group]:
+        """The first groups of the queue that the free slots can start, as many as are run together."""
         groups: list[Group] = []
-        room, longest = len(self.free), 0
+        room = len(self.free)
         for group in self.queue:
-            longest = max(longest, len(group.prompt))
-            if groups and (room <= 0 or longest * power_of_two(len(groups) + 1) > max_tokens):
+            if room <= 0 or len(groups) == shapes.rows[-1]:
                 break
             groups.append(group)
             room -= group.waiting
+        groups = groups[: shapes.together(len(groups))]
         for row, group in enumerate(groups):
             group.row = row
         return groups
@@ -235,12 +206,12 @@ class Scheduler:
 
 
 def pad_prompts(
-    groups: Sequence[Group], max_length: int
+    groups: Sequence[Group], shapes: PromptShapes
 ) -> tuple[Int[np.ndarray, "prompts time"], Int[np.ndarray, "prompts"]]:
-    """Right-padded prompts and their lengths, both axes rounded up to a bucket."""
-    lengths = np.ones(power_of_two(len(groups)), np.int32)
-    lengths[: len(groups)] = [len(group.prompt) for group in groups]
-    tokens = np.zeros((len(lengths), prompt_bucket(int(np.max(lengths)), max_length)), np.int32)
+    """Right-padded prompts and their lengths."""
+    rows, time = shapes.padded(len(groups), max(len(group.prompt) for group in groups))
+    tokens, lengths = np.zeros((rows, time), np.int32), np.ones(rows, np.int32)
     for row, group in enumerate(groups):
+        lengths[row] = len(group.prompt)
         tokens[row, : lengths[row]] = group.prompt
     return tokens, lengths

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import math
 
-from jaxrft.data.batching import bucket_length, halvings
+from jaxrft.data.batching import halvings
 from jaxrft.models.attention.choice import ACCELERATOR_DENSE_KEYS, DENSE_KEYS
 from jaxrft.models.logit_chunks import ALIGNMENT, logits_elements
+from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes
 from jaxrft.training.memory_sizes import FLOAT32, Sizes
-
-# Prompt tokens that the native engine runs at once.
-PREFILL_TOKENS = 8192
 
 Items = dict[str, float]
 
@@ -165,8 +163,8 @@ def _own_copy(sizes: Sizes) -> float:
 def _prompts(sizes: Sizes, entry: float, devices: int) -> float:
     """Prompts that are run at once: their caches, one layer's activations, and logits."""
     config, spec = sizes.config, sizes.spec
-    time = bucket_length(config.max_prompt_length)
-    prompts = max(min(PREFILL_TOKENS // time, config.rollout_prompts), 1) / devices
+    shapes = PromptShapes.of(config.rollout_prompts, config.max_prompt_length, PREFILL_TOKENS)
+    time, prompts = shapes.lengths[-1], shapes.rows[-1] / devices
     whole = time <= DENSE_KEYS.get(sizes.platform, ACCELERATOR_DENSE_KEYS)
     scores = 2 * FLOAT32 * time * spec.num_heads / sizes.tensor if whole else 0.0
     layer = (4 * spec.hidden_size + 3 * spec.intermediate_size / sizes.tensor) * sizes.itemsize + scores

@@ -221,5 +221,6 @@ def build_engine(config: RLConfig, model: Decoder, tokenizer: Any, folder: Path)
         max_slots=config.rollout.max_slots,
         max_length=config.max_prompt_length + config.max_completion_length,
         decode_chunk=config.rollout.decode_chunk,
+        max_prompt_length=config.max_prompt_length,
         quantization=config.rollout.quantization,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.extend.core
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxrft.models import decoder
-from jaxrft.rollout import NativeEngine, SamplingParams, programs, scheduler
+from jaxrft.rollout import NativeEngine, SamplingParams, buckets, programs
 from jaxrft.rollout.programs import Programs
 from tests.jaxprs import count
 from tests.rollout.tiny import EOS, random_model, random_requests, tokens_of
@@ -67,7 +68,8 @@ def test_products_of_a_layer() -> None:
     for joins in (False, True):
         made = Programs(graphdef, treedef, None, joins=joins)
         own = made.cast(tuple(leaves), jnp.dtype("float32"))
-        trace = jax.make_jaxpr(made._prefill_impl)(own, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32))
+        prefill = functools.partial(made._prefill_impl, rows=2, length=16)
+        trace = jax.make_jaxpr(prefill)(own, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32))
         counts[joins] = count(trace.jaxpr, "dot_general")
     # Of two layers, their attention's own two products each, and the output projection.
     assert counts == {False: 2 * (7 + 2) + 1, True: 2 * (4 + 2) + 1}
@@ -77,7 +79,7 @@ def test_caches_of_one_length_where_a_kernel_reads_what_a_slot_has(monkeypatch) 
     """By the kernel, interpreted: the same completions, from one program for chunks and none that resizes."""
     # First come short prompts, then long ones.
     model, requests = random_model(), random_requests(4, longest=3) + random_requests(2, seed=4, longest=45)
-    monkeypatch.setattr(scheduler, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(buckets, "SMALLEST_CACHE", 16)
     settings = {"max_slots": 4, "max_length": 70, "eos_token_ids": [EOS]}
     found, names = [], []
     for kernel in ("dense", "triton_decode"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrft.rollout import NativeEngine, Request, SamplingParams, scheduler
+from jaxrft.rollout import NativeEngine, Request, SamplingParams, buckets
 from jaxrft.rollout.programs import Programs
 from jaxrft.rollout.sampling import modes, sampling_values
 from jaxrft.rollout.slots import Placement
@@ -22,7 +22,7 @@ from tests.rollout.tiny import EOS, SPEC, random_model, random_requests, tokens_
 @pytest.fixture(autouse=True)
 def short_caches(monkeypatch):
     """Caches grow within the few tokens that a test generates."""
-    monkeypatch.setattr(scheduler, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(buckets, "SMALLEST_CACHE", 16)
 
 
 SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=18, seed=4, min_tokens=2)
@@ -60,9 +60,12 @@ def test_completions_do_not_depend_on_what_is_beside_them(model, options) -> Non
 def test_a_prompt_runs_once_for_its_group(model, monkeypatch) -> None:
     prefilled = []
     prefill = Programs.prefill
-    monkeypatch.setattr(
-        Programs, "prefill", lambda self, leaves, *batch: prefilled.append(batch[1]) or prefill(self, leaves, *batch)
-    )
+
+    def counted(self, leaves, tokens, lengths, **padded):
+        prefilled.append(lengths)
+        return prefill(self, leaves, tokens, lengths, **padded)
+
+    monkeypatch.setattr(Programs, "prefill", counted)
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
     prompts = [request.prompt_ids for request in random_requests(2, seed=8)]
     grouped = generate(model, [Request(prompt_ids=prompt, n=19) for prompt in prompts], greedy)
@@ -174,7 +177,7 @@ def test_programs_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
     decodes, prefills = counting(monkeypatch, "_decode_impl"), counting(monkeypatch, "_prefill_impl")
     model = random_model(spec=dataclasses.replace(SPEC, num_layers=1, intermediate_size=8))  # no other test's programs
     rng = np.random.default_rng(0)
-    with NativeEngine(model, max_slots=2, max_length=24) as engine:
+    with NativeEngine(model, max_slots=2, max_length=24, max_prompt_length=20) as engine:
         for seed in range(12):
             requests = random_requests(int(rng.integers(1, 6)), seed=seed, longest=20, largest=3)
             sampling = SamplingParams(max_tokens=int(rng.integers(1, 12)), seed=seed)
@@ -184,22 +187,54 @@ def test_programs_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
         names = [key[0] for key in programs.compiled]
         assert names.count("decode") == len(decodes) > 0
         assert names.count("prefill") == len(prefills) > 0
-        # 1 or 2 slots; caches of 16 or 32 tokens; 1 or 2 prompts of 16 or 32.
+        # 1 or 2 slots; caches of 16 or 32 tokens; 1 or 2 prompts of 16 or 32, of 1 or 2 at most.
         assert names.count("decode") <= 4
-        assert names.count("prefill") <= 4
+        assert names.count("prefill") <= 6
+        assert names.count("admit") <= 8
         assert names.count("begin") <= 4
         engine.generate(requests, dataclasses.replace(sampling, seed=100, temperature=0.3))
         assert engine.compilations == count
 
 
+def test_prompts_are_run_in_few_shapes() -> None:
+    """Whatever waits: at most half of the rows are padding, no more tokens are run together than may be."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        slots, n, longest, most = (int(2 ** rng.uniform(0, k)) for k in (8, 4, 10, 14))
+        requests = [
+            Request(prompt_ids=[1] * int(rng.integers(1, longest + 1)), n=n) for _ in range(rng.integers(1, 90))
+        ]
+        known = longest if rng.random() < 0.8 else None
+        shapes = buckets.PromptShapes.for_requests(requests, slots=slots, longest=known, max_tokens=most)
+        assert len(shapes.rows) <= 4
+        assert len(shapes.lengths) <= 3
+        assert shapes.rows[-1] * shapes.lengths[-1] <= max(most, shapes.lengths[-1])
+        assert shapes.rows[-1] < 2 * max(-(-slots // n), 1)
+        assert shapes.padded(1, 1) == (1, shapes.lengths[0])
+        needed, waiting = max(len(request.prompt_ids) for request in requests), len(requests)
+        while waiting:
+            count = shapes.together(min(waiting, shapes.rows[-1]))
+            rows, length = shapes.padded(count, needed)
+            assert 1 <= count <= rows <= 2 * count
+            assert needed <= length <= max(2 * needed + 16, shapes.lengths[0])
+            waiting -= count
+
+
+def test_prompts_longer_than_was_said_are_run(model) -> None:
+    requests, sampling = random_requests(6, longest=25), dataclasses.replace(SAMPLING, temperature=0.0)
+    expected = tokens_of(generate(model, requests, sampling))
+    for most in (1, 7, 16, 24):
+        assert tokens_of(generate(model, requests, sampling, max_prompt_length=most, max_slots=3)) == expected
+
+
 def test_a_cache_is_no_shorter_than_pays(monkeypatch) -> None:
     """One length for short completions; from 128 tokens on, as long as what the longest slot has."""
-    monkeypatch.setattr(scheduler, "SMALLEST_CACHE", 64)
-    short, long = ([scheduler.cache_bucket(length, most) for length in (1, 40, 65, most)] for most in (96, 1000))
+    monkeypatch.setattr(buckets, "SMALLEST_CACHE", 64)
+    short, long = ([buckets.cache_bucket(length, most) for length in (1, 40, 65, most)] for most in (96, 1000))
     assert short == [96] * 4
     assert long == [128, 128, 128, 1008]
-    assert [scheduler.cache_bucket(length, 128) for length in (1, 64, 65)] == [64, 64, 128]
-    assert [scheduler.whole_cache(most) for most in (2, 64, 65, 1000)] == [64, 64, 128, 1024]
+    assert [buckets.cache_bucket(length, 128) for length in (1, 64, 65)] == [64, 64, 128]
+    assert [buckets.whole_cache(most) for most in (2, 64, 65, 1000)] == [64, 64, 128, 1024]
 
 
 def test_caches_are_changed_in_place() -> None:
@@ -209,7 +244,7 @@ def test_caches_are_changed_in_place() -> None:
     programs = Programs(graphdef, treedef, None)
     values, (first, mode) = sampling_values(SAMPLING, (EOS,)), modes(SAMPLING)
     state, caches = programs.begin(leaves, values, slots=64, length=2048)
-    prompts = programs.prefill(leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32))
+    prompts = programs.prefill(leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), rows=2, length=16)
     placement = Placement(*np.zeros((len(Placement._fields), 64), np.int32))
     lowered = {
         "admit": programs._admit.lower(state, caches, prompts, placement, values, mode=first),

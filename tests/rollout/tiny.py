@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxrft.models import Decoder, DecoderSpec, token_logprobs
 from jaxrft.rollout import Completion, Request
-from jaxrft.rollout.scheduler import power_of_two
+from jaxrft.rollout.buckets import power_of_two
 
 VOCAB = 17
 EOS = 3
