@@ -16,8 +16,8 @@ SMALLEST_CACHE = 64
 KERNEL_BLOCK = 64
 # Prompt tokens that are run together, padding included.
 PREFILL_TOKENS = 8192
-PROMPT_LENGTHS = 3
-ROW_STEP = 8
+# Of a prompt, in the blocks that the shortest is padded to.
+PROMPT_BLOCKS = (1, 2, 4)
 
 
 def power_of_two(count: int) -> int:
@@ -41,18 +41,22 @@ def whole_cache(maximum: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PromptShapes:
-    """What prompts are padded to before they are run, and what their caches are padded to after.
+    """What prompts are padded to before they are run, and how many are run together: a power of two.
 
-    Those that are run together are of one of few shapes; what they leave is of one shape, so that one program puts
-    prompts of all lengths into slots.
+    Their lengths are few. What they leave is cut into blocks, and padded to one number of them, so that one program
+    puts prompts of all lengths into slots.
 
     Attributes:
-        rows: prompts that are run together, ascending: all that may be, an eighth, ...
-        lengths: tokens of each, ascending: the longest, a half, a quarter.
+        rows: prompts that are run together at most.
+        blocks: of ``block`` tokens that are run together at most.
+        block: tokens that the shortest are padded to; others take two blocks, or four.
+        longest: tokens that a prompt has at most.
     """
 
-    rows: tuple[int, ...]
-    lengths: tuple[int, ...]
+    rows: int
+    blocks: int
+    block: int
+    longest: int
 
     @classmethod
     def of(cls, prompts: int, longest: int, max_tokens: int) -> Self:
@@ -63,38 +67,40 @@ class PromptShapes:
             longest: tokens that one has at most.
             max_tokens: run together, padding included, where there are several prompts.
         """
-        lengths = halvings(longest, SMALLEST_BUCKET, PROMPT_LENGTHS)
-        fitting = max(max_tokens // lengths[-1], 1)
-        return cls(_eighths(min(power_of_two(prompts), power_of_two(fitting + 1) // 2)), lengths)
+        block = halvings(longest, SMALLEST_BUCKET, len(PROMPT_BLOCKS))[0]
+        fitting = max(max_tokens // block, 1)
+        rows = min(power_of_two(prompts), power_of_two(fitting + 1) // 2)
+        most = next(n for n in PROMPT_BLOCKS if n * block >= longest)
+        return cls(rows, max(min(fitting, rows * most), most), block, longest)
 
     @classmethod
-    def for_requests(cls, requests: Sequence[Request], *, slots: int, longest: int | None, max_tokens: int) -> Self:
+    def for_requests(
+        cls, requests: Sequence[Request], *, slots: int, longest: int | None, max_length: int, max_tokens: int
+    ) -> Self:
         """Those of some requests.
 
         Args:
             requests: at least one.
             slots: completions generated at the same time.
-            longest: tokens that a prompt has at most; None, or where one of these has more: as the longest of them.
+            longest: tokens that a prompt has at most; None, or where one of these has more: the power of two above the
+                longest of them.
+            max_length: tokens of prompt and completion together at most.
             max_tokens: as of :meth:`of`.
         """
         needed = max(len(request.prompt_ids) for request in requests)
         if longest is None or longest < needed:
-            longest = power_of_two(needed)
+            longest = min(power_of_two(needed), max_length)
         startable = -(-slots // min(request.n for request in requests))
         return cls.of(min(len(requests), startable), longest, max_tokens)
 
-    def together(self, waiting: int) -> int:
-        """Prompts to run next, of so many: no more than half of the rows are padding."""
-        return min(waiting, max(rows for rows in self.rows if rows <= max(2 * waiting, 1)))
+    def each(self, length: int) -> int:
+        """Blocks that a prompt of ``length`` tokens takes."""
+        return next(n for n in PROMPT_BLOCKS if n * self.block >= length)
+
+    def most(self, length: int) -> int:
+        """Prompts that are run together at most, where the longest of them has ``length`` tokens."""
+        return min(self.rows, power_of_two(self.blocks // self.each(length) + 1) // 2)
 
     def padded(self, prompts: int, length: int) -> tuple[int, int]:
         """Rows and tokens that so many prompts take, the longest of which has ``length`` tokens."""
-        return next(n for n in self.rows if n >= prompts), next(n for n in self.lengths if n >= length)
-
-
-def _eighths(most: int) -> tuple[int, ...]:
-    sizes = {1}
-    while most > 1:
-        sizes.add(most)
-        most //= ROW_STEP
-    return tuple(sorted(sizes))
+        return power_of_two(prompts), self.each(length) * self.block

@@ -77,9 +77,7 @@ class Loop:
         if not self._groups:
             self._groups = self._scheduler.next_prompts(self._shapes)
             tokens, lengths = pad_prompts(self._groups, self._shapes)
-            self._prompts = self._programs.prefill(
-                self._leaves, tokens, lengths, rows=self._shapes.rows[-1], length=self._shapes.lengths[-1]
-            )
+            self._prompts = self._programs.prefill(self._leaves, tokens, lengths, self._shapes)
         assert self._prompts is not None
         placement = self._scheduler.place(self._groups)
         state = self._fit_caches(self._scheduler.cached_after(self._steps))

@@ -42,8 +42,8 @@ class NativeEngine:
         decode_chunk: tokens decoded before the host looks at what has ended.
         max_prefill_tokens: prompt tokens, padding included, that are run at once where there are several prompts.
         max_prompt_length: tokens of a prompt at most, where that is known: each is padded to these, a half or a quarter
-            of them, so that all calls of :meth:`generate` run the same programs. Longer ones are run too. None: as the
-            longest of a call.
+            of them, so that all calls of :meth:`generate` run the same programs. Longer ones are run too. None: the
+            power of two above the longest of a call.
         eos_token_ids: end-of-sequence tokens; None takes the tokenizer's.
         quantization: ``fp8`` generates from the layers' kernels in 8-bit floating point. Log-probabilities are then
             those of the quantised model, which completions are drawn from, not the trainer's.
@@ -149,7 +149,11 @@ class NativeEngine:
                 max_length=self._max_length,
                 grows=self._grows,
                 shapes=PromptShapes.for_requests(
-                    requests, slots=slots, longest=self._max_prompt_length, max_tokens=self._max_prefill_tokens
+                    requests,
+                    slots=slots,
+                    longest=self._max_prompt_length,
+                    max_length=self._max_length,
+                    max_tokens=self._max_prefill_tokens,
                 ),
             ).run(on_progress, on_finished)
         finally:

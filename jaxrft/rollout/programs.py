@@ -14,6 +14,7 @@ state in Python. Kernels may be quantised, each of which is two arrays, or joine
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -29,8 +30,20 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrft.parallel import Layout
+from jaxrft.rollout.buckets import PromptShapes
 from jaxrft.rollout.sampling import Mode, SamplingValues, draw
-from jaxrft.rollout.slots import Cache, Placement, SlotState, advance, copy_rows, empty_state, place, resize
+from jaxrft.rollout.slots import (
+    Cache,
+    Placement,
+    SlotState,
+    advance,
+    copy_prompts,
+    empty_state,
+    in_blocks,
+    padded,
+    place,
+    resize,
+)
 from jaxrft.rollout.weights import Leaf, own_copy
 
 logger = logging.getLogger(__name__)
@@ -40,10 +53,17 @@ Caches = list[Cache]
 
 
 class Prefilled(NamedTuple):
-    """Prompts ready to be copied into slots: logits of the first token, keys and values of the prompt."""
+    """Prompts ready to be copied into slots; of one shape, whatever their number and lengths.
 
-    logits: Float[Array, "prompts vocab"]
+    Attributes:
+        logits: of the first token of each.
+        caches: keys and values, each [blocks, kv_heads, block, head_dim]: one prompt's blocks after another's.
+        each: blocks of a prompt.
+    """
+
+    logits: Float[Array, "rows vocab"]
     caches: Caches
+    each: Int[Array, ""]
 
 
 class Programs:
@@ -73,7 +93,7 @@ class Programs:
         self.compiled: set[tuple[Any, ...]] = set()
         self._cast = jax.jit(self._cast_impl, static_argnames="dtype")
         self._begin = jax.jit(self._begin_impl, static_argnames=("slots", "length"))
-        self._prefill = jax.jit(self._prefill_impl, static_argnames=("rows", "length"))
+        self._prefill = jax.jit(self._prefill_impl, static_argnames="shapes")
         self._admit = jax.jit(self._admit_impl, static_argnames="mode", donate_argnames=("state", "caches"))
         self._resize = jax.jit(self._resize_impl, static_argnames="length")
         self._decode = jax.jit(
@@ -104,13 +124,17 @@ class Programs:
         leaves,
         tokens: Int[np.ndarray, "prompts time"],
         lengths: Int[np.ndarray, "prompts"],
-        *,
-        rows: int,
-        length: int,
+        shapes: PromptShapes,
     ) -> Prefilled:
-        """Runs right-padded prompts; what they leave is padded to ``rows`` prompts of ``length`` tokens."""
-        key = ("prefill", *tokens.shape, rows, length)
-        return self._call(key, self._prefill, leaves, tokens, lengths, rows=rows, length=length)
+        """Runs right-padded prompts, which are of one of some shapes."""
+        return self._call(
+            ("prefill", *tokens.shape, *dataclasses.astuple(shapes)),
+            self._prefill,
+            leaves,
+            tokens,
+            lengths,
+            shapes=shapes,
+        )
 
     def admit(
         self,
@@ -123,7 +147,7 @@ class Programs:
     ) -> tuple[SlotState, Caches]:
         """Starts completions in slots: draws the first token of each, and copies what its prompt left to the caches.
 
-        Columns of ``prompts`` past the end of ``caches`` are left out: they must be padding.
+        What of ``prompts`` is past the end of ``caches`` is left out: it must be padding.
         """
         key = ("admit", *prompts.caches[0].key.shape, *caches[0].key.shape, values.stop_ids.size, mode)
         return self._call(key, self._admit, state, caches, prompts, placement, values, mode=mode)
@@ -183,20 +207,19 @@ class Programs:
     def _admit_impl(self, state, caches, prompts, placement, values, *, mode):
         logits = prompts.logits[jnp.maximum(placement.row, 0)]
         state = place(state, logits, placement, values, mode=mode)
-        caches = [copy_rows(cache, new, placement.row) for cache, new in zip(caches, prompts.caches)]
+        caches = copy_prompts(caches, prompts.caches, prompts.each, placement)
         return self._share_out((state, caches))
 
     def _resize_impl(self, cache, *, length):
         return self._share_out(resize(cache, length=length))
 
-    def _prefill_impl(self, leaves, tokens, lengths, *, rows, length):
-        prompts, time = tokens.shape
+    def _prefill_impl(self, leaves, tokens, lengths, *, shapes):
         with self._traced():
             model = self._model(leaves)
             hidden, caches = model.prefill(*self._share_out((tokens, lengths)))
-            logits = jnp.pad(model.logits(hidden), ((0, rows - prompts), (0, 0)))
-            padding = ((0, rows - prompts), (0, 0), (0, length - time), (0, 0))
-            return self._share_out(Prefilled(logits, jax.tree.map(lambda x: jnp.pad(x, padding), caches)))
+            logits = padded(model.logits(hidden), shapes.rows)
+            caches = jax.tree.map(lambda x: padded(in_blocks(x, shapes.block), shapes.blocks), caches)
+            return self._share_out(Prefilled(logits, caches, jnp.int32(tokens.shape[1] // shapes.block)))
 
     def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
         window = caches[0].key.shape[2]

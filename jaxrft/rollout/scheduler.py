@@ -94,13 +94,13 @@ class Scheduler:
     def next_prompts(self, shapes: PromptShapes) -> list[Group]:
         """The first groups of the queue that the free slots can start, as many as are run together."""
         groups: list[Group] = []
-        room = len(self.free)
+        room, longest = len(self.free), 0
         for group in self.queue:
-            if room <= 0 or len(groups) == shapes.rows[-1]:
+            longer = max(longest, len(group.prompt))
+            if groups and (room <= 0 or len(groups) >= shapes.most(longer)):
                 break
             groups.append(group)
-            room -= group.waiting
-        groups = groups[: shapes.together(len(groups))]
+            room, longest = room - group.waiting, longer
         for row, group in enumerate(groups):
             group.row = row
         return groups

@@ -79,17 +79,51 @@ def place(
     return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state)
 
 
-def copy_rows(cache: Cache, new: Cache, row: Int[Array, "slots"]) -> Cache:
-    """One layer's cache with row ``row`` of ``new`` at the start of each slot; a negative row leaves the slot."""
-    taken = (row >= 0)[:, None, None, None]
+def in_blocks(
+    prompts: Float[Array, "prompts kv_heads time head_dim"], block: int
+) -> Float[Array, "blocks kv_heads block head_dim"]:
+    """Keys or values of prompts, cut into blocks of tokens: those of one prompt after those of another."""
+    count, kv_heads, _, head_dim = prompts.shape
+    return prompts.reshape(count, kv_heads, -1, block, head_dim).swapaxes(1, 2).reshape(-1, kv_heads, block, head_dim)
 
-    def one(cache, new):
-        length = min(new.shape[2], cache.shape[2])
-        start = jnp.where(taken, new[jnp.maximum(row, 0), :, :length], cache[:, :, :length])
-        # .at[].set() would be a scatter, which is slow to compile and to run.
-        return jax.lax.dynamic_update_slice(cache, start, (0, 0, 0, 0))
 
-    return jax.tree.map(one, cache, new)
+def padded(array: Float[Array, "rows ..."], rows: int) -> Float[Array, "all ..."]:
+    """An array with zeros behind its rows, so that there are ``rows``."""
+    return jnp.concatenate([array, jnp.zeros((rows - array.shape[0], *array.shape[1:]), array.dtype)])
+
+
+def copy_prompts(caches: list[Cache], prompts: list[Cache], each: Int[Array, ""], placement: Placement) -> list[Cache]:
+    """Caches with prompts at the start of the slots that take one, as far as the longest of these goes.
+
+    Args:
+        prompts: blocks of tokens, as :func:`in_blocks` gives them.
+        each: blocks of a prompt.
+        placement: which prompt each slot takes.
+    """
+    block, length = prompts[0].key.shape[2], caches[0].key.shape[2]
+    taken, first = placement.row >= 0, jnp.maximum(placement.row, 0) * each
+    tokens = jnp.where(taken, placement.length, 0)
+
+    def put(caches: list[Cache], number, size: int) -> list[Cache]:
+        """The first ``size`` tokens of one block of every prompt that has it."""
+        start = number * block
+        has = (tokens > start)[:, None, None, None]
+
+        def one(cache, prompts):
+            shape = (cache.shape[0], cache.shape[1], size, cache.shape[3])
+            new = prompts[jnp.where(tokens > start, first + number, 0), :, :size]
+            old = jax.lax.dynamic_slice(cache, (0, 0, start, 0), shape)
+            # .at[].set() would be a scatter, which is slow to compile and to run.
+            return jax.lax.dynamic_update_slice(cache, jnp.where(has, new, old), (0, 0, start, 0))
+
+        return jax.tree.map(one, caches, prompts)
+
+    # What no slot needs is not looked at: prompts may be far shorter than they are allowed to be.
+    whole = length // block
+    needed = jnp.minimum(-(-jnp.max(tokens) // block), whole)
+    if whole:
+        caches = jax.lax.fori_loop(0, needed, lambda number, caches: put(caches, number, block), caches)
+    return put(caches, whole, length % block) if length % block else caches
 
 
 def resize(cache: Cache, *, length: int) -> Cache:

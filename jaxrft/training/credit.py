@@ -35,7 +35,7 @@ class Credit:
 
     def state(self) -> dict[str, Any]:
         """What must be saved with a run, as plain values."""
-        seen = dataclasses.astuple(self._seen)
+        seen = self._seen.count, self._seen.mean, self._seen.m2
         return {"kl_coef": float(self.kl_coef), "reward_moments": [float(value) for value in seen]}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -164,7 +164,8 @@ def _prompts(sizes: Sizes, entry: float, devices: int) -> float:
     """Prompts that are run at once: their caches, one layer's activations, and logits."""
     config, spec = sizes.config, sizes.spec
     shapes = PromptShapes.of(config.rollout_prompts, config.max_prompt_length, PREFILL_TOKENS)
-    time, prompts = shapes.lengths[-1], shapes.rows[-1] / devices
+    time = shapes.each(shapes.longest) * shapes.block
+    prompts = shapes.most(shapes.longest) / devices
     whole = time <= DENSE_KEYS.get(sizes.platform, ACCELERATOR_DENSE_KEYS)
     scores = 2 * FLOAT32 * time * spec.num_heads / sizes.tensor if whole else 0.0
     layer = (4 * spec.hidden_size + 3 * spec.intermediate_size / sizes.tensor) * sizes.itemsize + scores

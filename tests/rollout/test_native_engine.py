@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrft.rollout import NativeEngine, Request, SamplingParams, buckets
+from jaxrft.models.layers import LayerCache
+from jaxrft.rollout import NativeEngine, Request, SamplingParams, buckets, scheduler, slots
+from jaxrft.rollout.buckets import PromptShapes
 from jaxrft.rollout.programs import Programs
 from jaxrft.rollout.sampling import modes, sampling_values
 from jaxrft.rollout.slots import Placement
@@ -61,9 +63,9 @@ def test_a_prompt_runs_once_for_its_group(model, monkeypatch) -> None:
     prefilled = []
     prefill = Programs.prefill
 
-    def counted(self, leaves, tokens, lengths, **padded):
+    def counted(self, leaves, tokens, lengths, shapes):
         prefilled.append(lengths)
-        return prefill(self, leaves, tokens, lengths, **padded)
+        return prefill(self, leaves, tokens, lengths, shapes)
 
     monkeypatch.setattr(Programs, "prefill", counted)
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
@@ -197,34 +199,68 @@ def test_programs_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_prompts_are_run_in_few_shapes() -> None:
-    """Whatever waits: at most half of the rows are padding, no more tokens are run together than may be."""
+    """Whatever waits: of three lengths, no more tokens together than may be, and no two calls where one would do."""
     rng = np.random.default_rng(0)
-    for _ in range(300):
-        slots, n, longest, most = (int(2 ** rng.uniform(0, k)) for k in (8, 4, 10, 14))
-        requests = [
-            Request(prompt_ids=[1] * int(rng.integers(1, longest + 1)), n=n) for _ in range(rng.integers(1, 90))
-        ]
-        known = longest if rng.random() < 0.8 else None
-        shapes = buckets.PromptShapes.for_requests(requests, slots=slots, longest=known, max_tokens=most)
-        assert len(shapes.rows) <= 4
-        assert len(shapes.lengths) <= 3
-        assert shapes.rows[-1] * shapes.lengths[-1] <= max(most, shapes.lengths[-1])
-        assert shapes.rows[-1] < 2 * max(-(-slots // n), 1)
-        assert shapes.padded(1, 1) == (1, shapes.lengths[0])
-        needed, waiting = max(len(request.prompt_ids) for request in requests), len(requests)
-        while waiting:
-            count = shapes.together(min(waiting, shapes.rows[-1]))
-            rows, length = shapes.padded(count, needed)
-            assert 1 <= count <= rows <= 2 * count
-            assert needed <= length <= max(2 * needed + 16, shapes.lengths[0])
-            waiting -= count
+    for _ in range(100):
+        count, n, longest, most = (int(2 ** rng.uniform(0, k)) for k in (8, 4, 10, 14))
+        lengths = rng.integers(1, rng.integers(1, longest + 1) + 1, rng.integers(1, 90))
+        requests = [Request(prompt_ids=[1] * int(length), n=n) for length in lengths]
+        shapes = buckets.PromptShapes.for_requests(
+            requests, slots=count, longest=longest, max_length=2048, max_tokens=most
+        )
+        limits = {"slots": count, "max_length": 2048, "stop_ids": (), "decode": None, "version": 0}
+        queue = scheduler.Scheduler(requests, SAMPLING, **limits)
+        seen = set()
+        while queue.queue and len(queue.free):
+            groups = queue.next_prompts(shapes)
+            tokens, _ = scheduler.pad_prompts(groups, shapes)
+            rows, time = tokens.shape
+            seen.add(time)
+            assert rows <= shapes.rows
+            assert rows == 1 or rows * time <= most
+            assert rows * time <= shapes.blocks * shapes.block <= max(most, 4 * shapes.block)
+            together = len(groups)
+            queue.place(groups)
+            if queue.queue and len(queue.free):  # Room for another: as it would not have fitted with these.
+                length = max(len(queue.queue[0].prompt), *tokens.astype(bool).sum(1))
+                assert together + 1 > shapes.most(length)
+        assert seen <= {shapes.block, 2 * shapes.block, 4 * shapes.block}
+        assert time < 2 * longest + 16
 
 
 def test_prompts_longer_than_was_said_are_run(model) -> None:
     requests, sampling = random_requests(6, longest=25), dataclasses.replace(SAMPLING, temperature=0.0)
     expected = tokens_of(generate(model, requests, sampling))
-    for most in (1, 7, 16, 24):
+    for most in (1, 7, 16, 24, 31, None):
         assert tokens_of(generate(model, requests, sampling, max_prompt_length=most, max_slots=3)) == expected
+
+
+def test_prompts_are_copied_as_far_as_slots_need() -> None:
+    """Into caches that are no multiple of a block, or shorter than one; what is not taken stays."""
+    rng = np.random.default_rng(0)
+    block = 24
+    for length, each, longest in [
+        (80, 4, 60),
+        (80, 4, 80),
+        (80, 1, 9),
+        (32, 2, 32),
+        (16, 4, 11),
+        (96, 4, 96),
+        (40, 1, 1),
+    ]:
+        caches = [LayerCache(*rng.normal(size=(2, 5, 2, length, 3)).astype(np.float32)) for _ in range(2)]
+        prompts = [LayerCache(*rng.normal(size=(2, 3, 2, each * block, 3)).astype(np.float32)) for _ in range(2)]
+        row = np.array([2, -1, 0, -1, 2])
+        sizes = np.array([longest, length, min(longest, 5), 3, longest])
+        blocks = jax.tree.map(lambda x: slots.padded(slots.in_blocks(jnp.asarray(x), block), 14), prompts)
+        placement = Placement(row, sizes, row, row, row)
+        copied = jax.jit(slots.copy_prompts)(jax.tree.map(jnp.asarray, caches), blocks, np.int32(each), placement)
+        for old, new, prompt in zip(*map(jax.tree.leaves, (caches, copied, prompts)), strict=True):
+            for slot in range(5):
+                size = sizes[slot] if row[slot] >= 0 else 0
+                kept = -(-size // block) * block
+                np.testing.assert_array_equal(new[slot, :, :size], prompt[row[slot], :, :size])
+                np.testing.assert_array_equal(new[slot, :, kept:], old[slot, :, kept:])
 
 
 def test_a_cache_is_no_shorter_than_pays(monkeypatch) -> None:
@@ -244,7 +280,9 @@ def test_caches_are_changed_in_place() -> None:
     programs = Programs(graphdef, treedef, None)
     values, (first, mode) = sampling_values(SAMPLING, (EOS,)), modes(SAMPLING)
     state, caches = programs.begin(leaves, values, slots=64, length=2048)
-    prompts = programs.prefill(leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), rows=2, length=16)
+    prompts = programs.prefill(
+        leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), PromptShapes(2, 2, 16, 16)
+    )
     placement = Placement(*np.zeros((len(Placement._fields), 64), np.int32))
     lowered = {
         "admit": programs._admit.lower(state, caches, prompts, placement, values, mode=first),
