@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ class Loop:
 
     Args:
         programs, leaves: the model.
+        dtype: that it computes in.
         scheduler: the requests and their slots.
         sampling: how to draw, with the engine's end-of-sequence tokens.
         steps: tokens that a chunk decodes.
@@ -33,22 +35,24 @@ class Loop:
     def __init__(
         self,
         programs: Programs,
-        leaves: tuple[Leaf, ...],
+        leaves: tuple[jax.Array, ...],
         scheduler: Scheduler,
         sampling: SamplingParams,
         eos_ids: tuple[int, ...],
         *,
+        dtype: Any,
         steps: int,
         max_length: int,
         grows: bool,
         shapes: PromptShapes,
     ):
-        self._programs, self._leaves, self._scheduler = programs, leaves, scheduler
+        self._programs, self._given, self._dtype, self._scheduler = programs, leaves, dtype, scheduler
         self._steps, self._max_length, self._shapes = steps, max_length, shapes
         self._grows = grows
         self._values = sampling_values(sampling, eos_ids)
         self._first_mode, self._mode = modes(sampling)
-        self._state: SlotState | None = None  # with the caches, from the first prompts on
+        self._state: SlotState | None = None  # with the engine's own parameters and caches, from the first prompts on
+        self._leaves: tuple[Leaf, ...] = ()
         self._caches: Caches = []
         self._groups: list[Group] = []  # those of self._prompts that wait for slots
         self._prompts: Prefilled | None = None
@@ -74,13 +78,15 @@ class Loop:
 
     def _admit(self) -> None:
         """Starts completions in free slots; runs their prompts, unless that was done for others of the group."""
+        batch = None
         if not self._groups:
             self._groups = self._scheduler.next_prompts(self._shapes)
-            tokens, lengths = pad_prompts(self._groups, self._shapes)
-            self._prompts = self._programs.prefill(self._leaves, tokens, lengths, self._shapes)
-        assert self._prompts is not None
+            batch = pad_prompts(self._groups, self._shapes)
         placement = self._scheduler.place(self._groups)
         state = self._fit_caches(self._scheduler.cached_after(self._steps))
+        if batch is not None:
+            self._prompts = self._programs.prefill(self._leaves, *batch, self._shapes)
+        assert self._prompts is not None
         self._state, self._caches = self._programs.admit(
             state, self._caches, self._prompts, placement, self._values, self._first_mode
         )
@@ -108,8 +114,9 @@ class Loop:
     def _fit_caches(self, length: int) -> SlotState:
         length = cache_bucket(length, self._max_length) if self._grows else whole_cache(self._max_length)
         if self._state is None:
-            slots = self._scheduler.slots
-            self._state, self._caches = self._programs.begin(self._leaves, self._values, slots=slots, length=length)
+            self._leaves, self._state, self._caches = self._programs.begin(
+                self._given, self._values, slots=self._scheduler.slots, length=length, dtype=self._dtype
+            )
         elif self._caches[0].key.shape[2] != length:
             self._caches = self._programs.resize(self._caches, length)
         return self._state

@@ -141,10 +141,11 @@ class NativeEngine:
         try:
             Loop(
                 self._programs,
-                self._programs.cast(leaves, self._dtype),
+                leaves,
                 scheduler,
                 sampling,
                 self._eos_ids,
+                dtype=self._dtype,
                 steps=self._steps,
                 max_length=self._max_length,
                 grows=self._grows,

@@ -91,8 +91,7 @@ class Programs:
         self._quantizes, self._joins = quantization == "fp8", joins
         self._layout = None if mesh is None else Layout(mesh, decoding=True)
         self.compiled: set[tuple[Any, ...]] = set()
-        self._cast = jax.jit(self._cast_impl, static_argnames="dtype")
-        self._begin = jax.jit(self._begin_impl, static_argnames=("slots", "length"))
+        self._begin = jax.jit(self._begin_impl, static_argnames=("slots", "length", "dtype"))
         self._prefill = jax.jit(self._prefill_impl, static_argnames="shapes")
         self._admit = jax.jit(self._admit_impl, static_argnames="mode", donate_argnames=("state", "caches"))
         self._resize = jax.jit(self._resize_impl, static_argnames="length")
@@ -103,21 +102,20 @@ class Programs:
             compiler_options=_decode_options(),
         )
 
-    def cast(self, leaves: tuple[Array, ...], dtype: Any) -> tuple[Leaf, ...]:
-        """The model's matrices in the type that it computes in, where they are kept in another; quantised, joined.
+    def begin(
+        self, leaves: tuple[Array, ...], values: SamplingValues, *, slots: int, length: int, dtype: Any
+    ) -> tuple[tuple[Leaf, ...], SlotState, Caches]:
+        """What a rollout starts from.
 
-        Cast where they are used, they would be read in the wider type at every chunk of tokens.
+        Returns:
+            The parameters, with the model's matrices in the type that it computes in, where they are kept in another;
+            quantised, joined. Cast where they are used, they would be read in the wider type at every chunk of tokens.
+            Then slots with nothing in them, and caches of ``length`` tokens for each.
         """
-        copies = self._quantizes or self._joins
-        if not copies and all(leaf.ndim < 2 or leaf.dtype == dtype for leaf in leaves):
-            return leaves
-        made = self._call(("cast", dtype), self._cast, leaves, dtype=dtype)
+        key, statics = ("begin", slots, length, dtype), {"slots": slots, "length": length, "dtype": dtype}
+        own, state, caches = self._call(key, self._begin, leaves, values.key, **statics)
         # What a program hands through, it copies.
-        return tuple(leaf if own is None else own for own, leaf in zip(made, leaves, strict=True))
-
-    def begin(self, leaves, values: SamplingValues, *, slots: int, length: int) -> tuple[SlotState, Caches]:
-        """Slots with nothing in them, and caches of ``length`` tokens for each."""
-        return self._call(("begin", slots, length), self._begin, leaves, values.key, slots=slots, length=length)
+        return tuple(leaf if new is None else new for new, leaf in zip(own, leaves, strict=True)), state, caches
 
     def prefill(
         self,
@@ -196,13 +194,15 @@ class Programs:
         """The context in which the model's code is traced."""
         return contextlib.nullcontext() if self._layout is None else self._layout.use()
 
-    def _cast_impl(self, leaves, *, dtype):
-        with self._traced():
-            params = jax.tree.unflatten(self._treedef, leaves)
-            return own_copy(params, dtype, quantizes=self._quantizes, joins=self._joins)
-
-    def _begin_impl(self, leaves, key, *, slots, length):
-        return self._share_out((empty_state(key, slots=slots), self._model(leaves).init_cache(slots, length)))
+    def _begin_impl(self, leaves, key, *, slots, length, dtype):
+        copies = self._quantizes or self._joins or any(leaf.ndim > 1 and leaf.dtype != dtype for leaf in leaves)
+        own: tuple[Leaf | None, ...] = (None,) * len(leaves)
+        if copies:
+            with self._traced():
+                params = jax.tree.unflatten(self._treedef, leaves)
+                own = own_copy(params, dtype, quantizes=self._quantizes, joins=self._joins)
+        state, caches = empty_state(key, slots=slots), self._model(leaves).init_cache(slots, length)
+        return own, *self._share_out((state, caches))
 
     def _admit_impl(self, state, caches, prompts, placement, values, *, mode):
         logits = prompts.logits[jnp.maximum(placement.row, 0)]

@@ -7,7 +7,6 @@ import functools
 
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,7 +15,7 @@ from jaxrft.models import decoder
 from jaxrft.rollout import NativeEngine, SamplingParams, buckets, programs
 from jaxrft.rollout.programs import Programs
 from tests.jaxprs import count
-from tests.rollout.tiny import EOS, random_model, random_requests, tokens_of
+from tests.rollout.tiny import EOS, own_leaves, random_model, random_requests, tokens_of
 
 # Two whole chunks behind the first token.
 DRAWN = SamplingParams(temperature=0.9, max_tokens=17, seed=5)
@@ -67,7 +66,7 @@ def test_products_of_a_layer() -> None:
     counts = {}
     for joins in (False, True):
         made = Programs(graphdef, treedef, None, joins=joins)
-        own = made.cast(tuple(leaves), jnp.dtype("float32"))
+        own = own_leaves(made, leaves, "float32")
         prefill = functools.partial(made._prefill_impl, shapes=buckets.PromptShapes(2, 2, 16, 16))
         trace = jax.make_jaxpr(prefill)(own, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32))
         counts[joins] = count(trace.jaxpr, "dot_general")
@@ -96,4 +95,4 @@ def test_caches_of_one_length_where_a_kernel_reads_what_a_slot_has(monkeypatch) 
     assert "resize" in names[0]
     assert [names[1].count(name) for name in ("begin", "decode", "resize")] == [1, 1, 0]
     # Whole blocks of the kernel.
-    assert [key for key in engine._programs.compiled if key[0] == "begin"] == [("begin", 4, 128)]
+    assert [key[:3] for key in engine._programs.compiled if key[0] == "begin"] == [("begin", 4, 128)]

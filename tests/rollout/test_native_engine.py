@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 
 from jaxrft.models.layers import LayerCache
-from jaxrft.rollout import NativeEngine, Request, SamplingParams, buckets, scheduler, slots
+from jaxrft.rollout import NativeEngine, Request, SamplingParams, buckets, programs, scheduler, slots
 from jaxrft.rollout.buckets import PromptShapes
 from jaxrft.rollout.programs import Programs
 from jaxrft.rollout.sampling import modes, sampling_values
 from jaxrft.rollout.slots import Placement
-from tests.rollout.tiny import EOS, SPEC, random_model, random_requests, tokens_of
+from tests.rollout.tiny import EOS, SPEC, own_leaves, random_model, random_requests, tokens_of
 
 
 @pytest.fixture(autouse=True)
@@ -184,9 +184,9 @@ def test_programs_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
             requests = random_requests(int(rng.integers(1, 6)), seed=seed, longest=20, largest=3)
             sampling = SamplingParams(max_tokens=int(rng.integers(1, 12)), seed=seed)
             engine.generate(requests, sampling)
-        programs, count = engine._programs, engine.compilations
-        assert count == len(programs.compiled)
-        names = [key[0] for key in programs.compiled]
+        compiled, count = engine._programs.compiled, engine.compilations
+        assert count == len(compiled)
+        names = [key[0] for key in compiled]
         assert names.count("decode") == len(decodes) > 0
         assert names.count("prefill") == len(prefills) > 0
         # 1 or 2 slots; caches of 16 or 32 tokens; 1 or 2 prompts of 16 or 32, of 1 or 2 at most.
@@ -277,16 +277,14 @@ def test_caches_are_changed_in_place() -> None:
     """By the compiler's account: each program that changes them holds less beside them than one layer's."""
     graphdef, params = nnx.split(random_model(spec=dataclasses.replace(SPEC, num_layers=4)))
     leaves, treedef = jax.tree.flatten(params)
-    programs = Programs(graphdef, treedef, None)
+    made = Programs(graphdef, treedef, None)
     values, (first, mode) = sampling_values(SAMPLING, (EOS,)), modes(SAMPLING)
-    state, caches = programs.begin(leaves, values, slots=64, length=2048)
-    prompts = programs.prefill(
-        leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), PromptShapes(2, 2, 16, 16)
-    )
+    _, state, caches = made.begin(leaves, values, slots=64, length=2048, dtype="float32")
+    prompts = made.prefill(leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), PromptShapes(2, 2, 16, 16))
     placement = Placement(*np.zeros((len(Placement._fields), 64), np.int32))
     lowered = {
-        "admit": programs._admit.lower(state, caches, prompts, placement, values, mode=first),
-        "decode": programs._decode.lower(leaves, state, caches, np.zeros(64, bool), values, steps=4, mode=mode),
+        "admit": made._admit.lower(state, caches, prompts, placement, values, mode=first),
+        "decode": made._decode.lower(leaves, state, caches, np.zeros(64, bool), values, steps=4, mode=mode),
     }
     layer = sum(array.nbytes for array in caches[0])
     for name, program in lowered.items():
@@ -329,12 +327,15 @@ def test_matrices_are_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(dtype=jnp.bfloat16)
     requests, sampling = random_requests(3), SamplingParams(max_tokens=6, seed=1)
     with NativeEngine(model, max_slots=4, max_length=32) as engine:
-        cast = engine._programs.cast(engine._leaves, jnp.dtype("bfloat16"))
+        cast = own_leaves(engine._programs, engine._leaves, "bfloat16")
         assert {leaf.dtype for leaf in cast if leaf.ndim > 1} == {jnp.dtype("bfloat16")}
         assert {leaf.dtype for leaf in cast if leaf.ndim < 2} == {jnp.dtype("float32")}
         once = engine.generate(requests, sampling)
-        monkeypatch.setattr(Programs, "cast", lambda self, leaves, dtype: leaves)
+    programs.programs_of.cache_clear()
+    monkeypatch.setattr(programs, "own_copy", lambda params, *_, **__: (None,) * len(jax.tree.leaves(params)))
+    with NativeEngine(model, max_slots=4, max_length=32) as engine:
         each = engine.generate(requests, sampling)
+    programs.programs_of.cache_clear()
     assert tokens_of(once) == tokens_of(each)
     for a, b in zip(once, each):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=0.05)

@@ -17,7 +17,16 @@ from jaxrft.models.projection import project
 from jaxrft.models.quantization import DTYPE, QuantizedKernel, quantize
 from jaxrft.rollout import NativeEngine, SamplingParams
 from jaxrft.rollout.programs import Programs
-from tests.rollout.tiny import EOS, SPEC, forward_logprobs, prompts_of, random_model, random_requests, tokens_of
+from tests.rollout.tiny import (
+    EOS,
+    SPEC,
+    forward_logprobs,
+    own_leaves,
+    prompts_of,
+    random_model,
+    random_requests,
+    tokens_of,
+)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 DRAWN = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=12, seed=5)
@@ -101,7 +110,7 @@ def test_products_do_not_overflow_float16() -> None:
 def test_bytes_of_the_engines_kernels(dtype, share) -> None:
     model = random_model(spec=dataclasses.replace(SPEC, hidden_size=128, intermediate_size=256), dtype=jnp.dtype(dtype))
     with engine_of(model) as engine, engine_of(model, "none") as plain:
-        own, other = (e._programs.cast(e._leaves, jnp.dtype(dtype)) for e in (engine, plain))
+        own, other = (own_leaves(e._programs, e._leaves, dtype) for e in (engine, plain))
     kernels = [leaf for leaf in own if isinstance(leaf, QuantizedKernel)]
     assert len(kernels) == KERNELS
     whole = [other[i] for i, leaf in enumerate(own) if isinstance(leaf, QuantizedKernel)]
@@ -181,7 +190,7 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(run_python) -> None:
         from flax import nnx
         from jaxrft.parallel import Layout, make_mesh
         from tests.rollout.test_quantization import DRAWN, QuantizedKernel, engine_of
-        from tests.rollout.tiny import SPEC, random_model, random_requests, tokens_of
+        from tests.rollout.tiny import SPEC, own_leaves, random_model, random_requests, tokens_of
 
         requests = random_requests(6, seed=1)
         graphdef, params = nnx.split(random_model(spec=dataclasses.replace(SPEC, intermediate_size=40)))
@@ -192,7 +201,7 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(run_python) -> None:
                 expected = engine.generate(requests, DRAWN)
                 engine.update_weights(placed, version=1)
                 completions = engine.generate(requests, DRAWN)
-                own = engine._programs.cast(engine._leaves, np.dtype("float32"))
+                own = own_leaves(engine._programs, engine._leaves, "float32")
             assert tokens_of(completions) == tokens_of(expected), sizes
             for one, two in zip(completions, expected):
                 np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-4)

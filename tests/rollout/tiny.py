@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from jaxrft.models import Decoder, DecoderSpec, token_logprobs
-from jaxrft.rollout import Completion, Request
+from jaxrft.rollout import Completion, Request, SamplingParams
 from jaxrft.rollout.buckets import power_of_two
+from jaxrft.rollout.sampling import sampling_values
 
 VOCAB = 17
 EOS = 3
@@ -80,3 +81,9 @@ def forward_logprobs(model, prompts, completions: Sequence[Completion], temperat
 
 def tokens_of(completions: Sequence[Completion]) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
+
+
+def own_leaves(programs, leaves, dtype):
+    """The parameters that an engine generates from, of those that it is given."""
+    values = sampling_values(SamplingParams(), (EOS,))
+    return programs.begin(tuple(leaves), values, slots=1, length=16, dtype=jnp.dtype(dtype))[0]

@@ -29,6 +29,7 @@ from jaxrft.training import plan as planning
 from jaxrft.training.memory_sizes import Sizes
 from jaxrft.training.plan import GIB, MIB, Plan, check_plan, make_plan, usable_bytes
 from tests.jaxprs import equations
+from tests.rollout.tiny import own_leaves
 from tests.training.compiled import step_bytes
 from tests.training.tiny import ROWS, SCRATCH, digits, tiny_config
 
@@ -325,7 +326,7 @@ def test_quantized_copy_is_what_the_engine_makes(dtype, tie):
     planned = plan_of(config, spec).rollout["parameters in use"]
     with NativeEngine(Decoder(spec, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), quantization="fp8") as engine:
         given = {id(leaf) for leaf in engine._leaves}
-        own = jax.tree.leaves(engine._programs.cast(engine._leaves, jnp.dtype(dtype)))
+        own = jax.tree.leaves(own_leaves(engine._programs, engine._leaves, dtype))
     made = sum(leaf.nbytes for leaf in own if id(leaf) not in given)
     converted = spec.hidden_size * spec.intermediate_size * jnp.dtype(dtype).itemsize
     assert planned - converted == pytest.approx(made, rel=0.01)
@@ -339,7 +340,7 @@ def test_joined_copy_is_what_the_engine_makes():
     }
     graphdef, params = nnx.split(Decoder(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     leaves, treedef = jax.tree.flatten(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
-    own = Programs(graphdef, treedef, None, joins=True).cast(tuple(leaves), jnp.dtype("bfloat16"))
+    own = own_leaves(Programs(graphdef, treedef, None, joins=True), leaves, "bfloat16")
     joined = sum(leaf.kernel.nbytes for leaf in own if isinstance(leaf, JoinedKernel))
     assert planned == {"gpu": joined, "cpu": 0}
     assert joined > 0
