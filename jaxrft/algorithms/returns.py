@@ -21,8 +21,8 @@ def token_returns(token_rewards: Tokens, mask: Tokens, gamma: float = 1.0) -> To
     """
     mask = mask.astype(jnp.float32)
     rewards = jnp.where(mask > 0, token_rewards, 0.0)
-    if isinstance(gamma, float) and gamma == 1.0:
-        # A loop over tokens takes a row's length whatever is in it.
+    if isinstance(gamma, (int, float)) and gamma == 1:
+        # Without a discount no loop over tokens, which takes as many turns as a response may have tokens.
         return jax.lax.cumsum(rewards, axis=1, reverse=True) * mask
 
     def back(later: Float[Array, "batch"], now: tuple[Array, Array]) -> tuple[Array, Array]:

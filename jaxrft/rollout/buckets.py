@@ -41,22 +41,20 @@ def whole_cache(maximum: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PromptShapes:
-    """What prompts are padded to before they are run, and how many are run together: a power of two.
+    """What prompts are padded to before they are run, which is a power of two of them, and how many are run together.
 
     Their lengths are few. What they leave is cut into blocks, and padded to one number of them, so that one program
     puts prompts of all lengths into slots.
 
     Attributes:
         rows: prompts that are run together at most.
-        blocks: of ``block`` tokens that are run together at most.
+        blocks: of ``block`` tokens that are run together at most, a power of two, as devices share them out.
         block: tokens that the shortest are padded to; others take two blocks, or four.
-        longest: tokens that a prompt has at most.
     """
 
     rows: int
     blocks: int
     block: int
-    longest: int
 
     @classmethod
     def of(cls, prompts: int, longest: int, max_tokens: int) -> Self:
@@ -65,13 +63,13 @@ class PromptShapes:
         Args:
             prompts: that free slots can start, at most.
             longest: tokens that one has at most.
-            max_tokens: run together, padding included, where there are several prompts.
+            max_tokens: run together, padding included; or those of the longest prompt, where these are more.
         """
         block = halvings(longest, SMALLEST_BUCKET, len(PROMPT_BLOCKS))[0]
-        fitting = max(max_tokens // block, 1)
-        rows = min(power_of_two(prompts), power_of_two(fitting + 1) // 2)
+        fitting = _power_below(max(max_tokens // block, 1))
+        rows = min(power_of_two(prompts), fitting)
         most = next(n for n in PROMPT_BLOCKS if n * block >= longest)
-        return cls(rows, max(min(fitting, rows * most), most), block, longest)
+        return cls(rows, max(min(fitting, rows * most), most), block)
 
     @classmethod
     def for_requests(
@@ -99,8 +97,12 @@ class PromptShapes:
 
     def most(self, length: int) -> int:
         """Prompts that are run together at most, where the longest of them has ``length`` tokens."""
-        return min(self.rows, power_of_two(self.blocks // self.each(length) + 1) // 2)
+        return min(self.rows, self.blocks // self.each(length))
 
     def padded(self, prompts: int, length: int) -> tuple[int, int]:
         """Rows and tokens that so many prompts take, the longest of which has ``length`` tokens."""
         return power_of_two(prompts), self.each(length) * self.block
+
+
+def _power_below(count: int) -> int:
+    return 1 << (count.bit_length() - 1)

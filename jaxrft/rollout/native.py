@@ -40,7 +40,8 @@ class NativeEngine:
         max_slots: completions generated at the same time.
         max_length: tokens of prompt and completion together at most; the caches have room for this many.
         decode_chunk: tokens decoded before the host looks at what has ended.
-        max_prefill_tokens: prompt tokens, padding included, that are run at once where there are several prompts.
+        max_prefill_tokens: prompt tokens, padding included, that are run at once; or those of the longest prompt, where
+            these are more.
         max_prompt_length: tokens of a prompt at most, where that is known: each is padded to these, a half or a quarter
             of them, so that all calls of :meth:`generate` run the same programs. Longer ones are run too. None: the
             power of two above the longest of a call.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -147,7 +148,8 @@ class Programs:
 
         What of ``prompts`` is past the end of ``caches`` is left out: it must be padding.
         """
-        key = ("admit", *prompts.caches[0].key.shape, *caches[0].key.shape, values.stop_ids.size, mode)
+        shapes = prompts.logits.shape, prompts.caches[0].key.shape, caches[0].key.shape
+        key = ("admit", *itertools.chain(*shapes), values.stop_ids.size, mode)
         return self._call(key, self._admit, state, caches, prompts, placement, values, mode=mode)
 
     def resize(self, caches: Caches, length: int) -> Caches:
@@ -201,6 +203,7 @@ class Programs:
             with self._traced():
                 params = jax.tree.unflatten(self._treedef, leaves)
                 own = own_copy(params, dtype, quantizes=self._quantizes, joins=self._joins)
+        # Of the model's shapes alone: those of its own copy are the same.
         state, caches = empty_state(key, slots=slots), self._model(leaves).init_cache(slots, length)
         return own, *self._share_out((state, caches))
 

@@ -123,7 +123,7 @@ def make_batch(
     """
     time = longest_bucket(samples, multiple) if limits is None else limits.fitting(samples, multiple)[0]
     parts = [[[i] for i in range(start, start + rows)] for start in range(0, len(samples), rows)]
-    shape = shape_of(samples, parts, rows, time, rows, pick, limits)
+    shape = shape_of(samples, parts, rows, time, rows, pick, limits, multiple)
     batch = _batch(samples, parts, shape, pick, temperature, first_token_temperature)
     return dataclasses.replace(batch, segment_ids=None)
 

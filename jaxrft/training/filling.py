@@ -71,6 +71,7 @@ def shape_of(
     places: int,
     pick: bool,
     limits: Limits | None = None,
+    multiple: int = 1,
 ) -> Shape:
     """Sizes that hold all micro-batches, bucketed where they are not given.
 
@@ -81,13 +82,14 @@ def shape_of(
         places: samples of a micro-batch, empty places among them.
         pick: whether only response tokens are projected to the vocabulary.
         limits: of the run; None: as these samples need.
+        multiple: of which a row's length must be one.
     """
     sizes = [len(s.response_ids) for s in samples]
     picked = max(sum(sizes[i] for i in row) for part in parts for row in part)
     if limits is None:
         picks, response = bucket_length(picked, minimum=4), bucket_length(max(sizes), minimum=4)
     else:
-        single, response = limits.fitting(samples)[1], limits.longest(samples)
+        single, response = limits.fitting(samples, multiple)[1], limits.longest(samples)
         # Of rows with one sample each, as many as its response has; packed ones are projected whole, or half.
         picks = single if picked <= single else next(n for n in halvings(time, 4, 2) if n >= picked)
     return Shape(rows=rows, time=time, picks=min(picks, time) if pick else time, samples=places, response=response)

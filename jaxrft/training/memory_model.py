@@ -164,9 +164,10 @@ def _prompts(sizes: Sizes, entry: float, devices: int) -> float:
     """Prompts that are run at once: their caches, one layer's activations, and logits."""
     config, spec = sizes.config, sizes.spec
     shapes = PromptShapes.of(config.rollout_prompts, config.max_prompt_length, PREFILL_TOKENS)
-    time = shapes.each(shapes.longest) * shapes.block
-    prompts = shapes.most(shapes.longest) / devices
+    time = shapes.each(config.max_prompt_length) * shapes.block
+    run, kept = (max(n / devices, 1) for n in (shapes.most(config.max_prompt_length), shapes.rows))
+    blocks = max(shapes.blocks / devices, 1) * shapes.block
     whole = time <= DENSE_KEYS.get(sizes.platform, ACCELERATOR_DENSE_KEYS)
     scores = 2 * FLOAT32 * time * spec.num_heads / sizes.tensor if whole else 0.0
     layer = (4 * spec.hidden_size + 3 * spec.intermediate_size / sizes.tensor) * sizes.itemsize + scores
-    return max(prompts, 1) * (time * (entry * spec.num_layers + layer) + 2 * spec.vocab_size * FLOAT32)
+    return blocks * entry * spec.num_layers + run * time * layer + 2 * kept * spec.vocab_size * FLOAT32

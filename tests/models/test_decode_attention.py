@@ -21,7 +21,7 @@ from jaxrft.models.attention.triton_decode import (
     usual_tile,
 )
 from jaxrft.models.layers import LayerCache
-from jaxrft.rollout.scheduler import KERNEL_BLOCK
+from jaxrft.rollout.buckets import KERNEL_BLOCK
 from tests.jaxprs import count, equations
 from tests.models.test_attention import reference
 

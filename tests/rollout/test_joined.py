@@ -67,7 +67,7 @@ def test_products_of_a_layer() -> None:
     for joins in (False, True):
         made = Programs(graphdef, treedef, None, joins=joins)
         own = own_leaves(made, leaves, "float32")
-        prefill = functools.partial(made._prefill_impl, shapes=buckets.PromptShapes(2, 2, 16, 16))
+        prefill = functools.partial(made._prefill_impl, shapes=buckets.PromptShapes(2, 2, 16))
         trace = jax.make_jaxpr(prefill)(own, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32))
         counts[joins] = count(trace.jaxpr, "dot_general")
     # Of two layers, their attention's own two products each, and the output projection.

@@ -199,33 +199,37 @@ def test_programs_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_prompts_are_run_in_few_shapes() -> None:
-    """Whatever waits: of three lengths, no more tokens together than may be, and no two calls where one would do."""
+    """Whatever waits: of three lengths, no more tokens together than may be, no two calls where one would do."""
     rng = np.random.default_rng(0)
     for _ in range(100):
         count, n, longest, most = (int(2 ** rng.uniform(0, k)) for k in (8, 4, 10, 14))
         lengths = rng.integers(1, rng.integers(1, longest + 1) + 1, rng.integers(1, 90))
         requests = [Request(prompt_ids=[1] * int(length), n=n) for length in lengths]
-        shapes = buckets.PromptShapes.for_requests(
-            requests, slots=count, longest=longest, max_length=2048, max_tokens=most
+        shapes = PromptShapes.for_requests(requests, slots=count, longest=longest, max_length=2048, max_tokens=most)
+        scheduled = scheduler.Scheduler(
+            requests, SAMPLING, slots=count, max_length=2048, stop_ids=(), decode=None, version=0
         )
-        limits = {"slots": count, "max_length": 2048, "stop_ids": (), "decode": None, "version": 0}
-        queue = scheduler.Scheduler(requests, SAMPLING, **limits)
-        seen = set()
-        while queue.queue and len(queue.free):
-            groups = queue.next_prompts(shapes)
-            tokens, _ = scheduler.pad_prompts(groups, shapes)
-            rows, time = tokens.shape
-            seen.add(time)
+        while scheduled.queue:
+            groups = scheduled.next_prompts(shapes)
+            rows, time = scheduler.pad_prompts(groups, shapes)[0].shape
+            assert time in (shapes.block, 2 * shapes.block, 4 * shapes.block)
+            assert time < 2 * max(len(group.prompt) for group in groups) + 16 or time == shapes.block
+            assert time < 2 * longest + 16
             assert rows <= shapes.rows
-            assert rows == 1 or rows * time <= most
-            assert rows * time <= shapes.blocks * shapes.block <= max(most, 4 * shapes.block)
-            together = len(groups)
-            queue.place(groups)
-            if queue.queue and len(queue.free):  # Room for another: as it would not have fitted with these.
-                length = max(len(queue.queue[0].prompt), *tokens.astype(bool).sum(1))
-                assert together + 1 > shapes.most(length)
-        assert seen <= {shapes.block, 2 * shapes.block, 4 * shapes.block}
-        assert time < 2 * longest + 16
+            single = shapes.each(longest) * shapes.block
+            assert rows * time <= shapes.blocks * shapes.block <= max(most, single)
+            together, length, freed = len(groups), max(len(group.prompt) for group in groups), False
+            while groups:
+                scheduled.place(groups)
+                if groups or not len(scheduled.free):
+                    # Some completions end.
+                    scheduled._owner[rng.random(count) < 0.3], freed = scheduler.EMPTY, True
+                elif scheduled.queue and not freed:
+                    # There was room for another: one call more, as it would not have fitted half of the tokens.
+                    length, more = max(length, len(scheduled.queue[0].prompt)), buckets.power_of_two(together + 1)
+                    assert more > shapes.rows or more * shapes.each(length) * shapes.block > (most - shapes.block) / 2
+            if not len(scheduled.free):
+                scheduled._owner[rng.integers(count)] = scheduler.EMPTY
 
 
 def test_prompts_longer_than_was_said_are_run(model) -> None:
@@ -273,14 +277,15 @@ def test_a_cache_is_no_shorter_than_pays(monkeypatch) -> None:
     assert [buckets.whole_cache(most) for most in (2, 64, 65, 1000)] == [64, 64, 128, 1024]
 
 
-def test_caches_are_changed_in_place() -> None:
+@pytest.mark.parametrize(("length", "shapes"), [(2048, (2, 2, 16)), (2056, (2, 8, 16))], ids=str)
+def test_caches_are_changed_in_place(length, shapes) -> None:
     """By the compiler's account: each program that changes them holds less beside them than one layer's."""
     graphdef, params = nnx.split(random_model(spec=dataclasses.replace(SPEC, num_layers=4)))
     leaves, treedef = jax.tree.flatten(params)
     made = Programs(graphdef, treedef, None)
     values, (first, mode) = sampling_values(SAMPLING, (EOS,)), modes(SAMPLING)
-    _, state, caches = made.begin(leaves, values, slots=64, length=2048, dtype="float32")
-    prompts = made.prefill(leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), PromptShapes(2, 2, 16, 16))
+    _, state, caches = made.begin(leaves, values, slots=64, length=length, dtype="float32")
+    prompts = made.prefill(leaves, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), PromptShapes(*shapes))
     placement = Placement(*np.zeros((len(Placement._fields), 64), np.int32))
     lowered = {
         "admit": made._admit.lower(state, caches, prompts, placement, values, mode=first),
@@ -305,9 +310,10 @@ def test_slots_are_shared_out_over_replicas(run_python) -> None:
         from tests.rollout.tiny import random_model, random_requests, tokens_of
 
         jax.config.update("jax_log_compiles", True)
-        requests, sampling = random_requests(5), SamplingParams(max_tokens=6, seed=1)
+        # Of one, two and four blocks; the longest caches are no multiple of a block.
+        requests, sampling = random_requests(7, longest=60), SamplingParams(max_tokens=6, seed=1)
         graphdef, params = nnx.split(random_model())
-        with NativeEngine(nnx.merge(graphdef, params), max_slots=4, max_length=18) as engine:
+        with NativeEngine(nnx.merge(graphdef, params), max_slots=4, max_length=72, max_prompt_length=70) as engine:
             expected = engine.generate(requests, sampling)
             engine.update_weights(jax.device_put(params, replicated(make_mesh(2))), version=1)
             completions = engine.generate(requests, sampling)
@@ -315,8 +321,9 @@ def test_slots_are_shared_out_over_replicas(run_python) -> None:
         """.replace("\n        ", "\n"),
         devices=2,
     )
-    for program in ("_decode_impl", "_begin_impl"):
-        assert done.stderr.count(f"Finished XLA compilation of jit({program})") == 2  # once for each number of devices
+    # Once for each number of devices; caches grow once.
+    for program in ("_admit_impl", "_decode_impl", "_begin_impl"):
+        assert done.stderr.count(f"Finished XLA compilation of jit({program})") == 2
 
 
 def test_matrices_are_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:

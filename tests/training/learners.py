@@ -10,11 +10,16 @@ import numpy as np
 from flax import nnx
 
 from jaxrft.config import RLConfig
+from jaxrft.data.records import Prompt
 from jaxrft.models.decoder import Decoder
 from jaxrft.models.spec import DecoderSpec
+from jaxrft.rewards.records import Scores
+from jaxrft.rollout.records import Completion
 from jaxrft.training.batch import Sample
+from jaxrft.training.drawing import Drawn
 from jaxrft.training.learner import Learner
 from jaxrft.training.parts import build_layout, build_recipe
+from jaxrft.training.rollouts import RolloutBatch
 
 VOCAB, LONGEST = 37, 12
 
@@ -112,3 +117,20 @@ def difference(a, b, start):
     change = np.linalg.norm(flat[0] - flat[2])
     assert change > 1e-3
     return float(np.linalg.norm(flat[0] - flat[1]) / change)
+
+
+def drawn_of(samples, rewards, group):
+    """A rollout of samples, ``group`` of each prompt, with one reward of each; all of them are trained on."""
+    completions = [
+        Completion(token_ids=list(s.response_ids), logprobs=s.logprobs, sampled_logprobs=None, finish_reason="stop")
+        for s in samples
+    ]
+    count = len(samples) // group
+    rollout = RolloutBatch(
+        prompts=[Prompt(i, "", "", [1], {}) for i in range(count)],
+        completions=completions,
+        texts=[""] * len(samples),
+        scores=Scores(total=rewards, components={"a": rewards}),
+        group=group,
+    )
+    return Drawn(rollout=rollout, groups=list(range(count)), dropped=np.zeros(count, bool), prompts=count)

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxrft import algorithms as alg
 from jaxrft.config import AlgorithmConfig, BatchingConfig, ConfigError, RLConfig
 from jaxrft.training import parts
-from jaxrft.training.credit import Credit, permuted
-from tests.training.learners import difference, host, learner_of, make_samples
+from jaxrft.training.credit import Credit
+from tests.training.learners import difference, drawn_of, host, learner_of, make_samples
 
 
 class Bag(nnx.Module):
@@ -128,10 +128,7 @@ def advantages(count, order):
     drift = np.random.default_rng(2).normal(0, 1, (8, batch.mask.shape[-1])).astype(np.float32)[list(order)]
     batch = dataclasses.replace(batch, ref_logprobs=batch.old_logprobs + drift.reshape(batch.mask.shape))
     rewards = np.random.default_rng(3).normal(size=8).astype(np.float32)
-    outcome = alg.Outcome(
-        rewards=jnp.asarray(rewards), components=rewards[:, None], weights=np.ones(1), group_ids=np.arange(8) // 2
-    )
-    given, kl = Credit(recipe, [1.0], 12).assign(batch, permuted(outcome, order), 4)
+    given, kl = Credit(recipe, [1.0], 12).assign(batch, drawn_of(samples, rewards, 2), None, order)
     found = np.asarray(given.advantages).reshape(8, -1)
     return found[np.argsort(order)], np.asarray(batch.mask).reshape(8, -1)[np.argsort(order)], float(kl)
 

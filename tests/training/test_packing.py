@@ -13,22 +13,17 @@ from flax import nnx
 from jaxrft import RLTrainer, models
 from jaxrft import algorithms as alg
 from jaxrft.config import AlgorithmConfig, BatchingConfig
-from jaxrft.data.records import Prompt
 from jaxrft.parallel import Layout, make_mesh
-from jaxrft.rewards.records import Scores
-from jaxrft.rollout.records import Completion
 from jaxrft.tracking import read_completions, read_metrics
 from jaxrft.training import metrics
 from jaxrft.training.batch import Sample, in_list_order, make_batch, pack_batch, select_step
 from jaxrft.training.credit import Credit
-from jaxrft.training.drawing import Drawn
 from jaxrft.training.filling import Limits
 from jaxrft.training.forward import response_logprobs
 from jaxrft.training.learner import UNBOUNDED
-from jaxrft.training.rollouts import RolloutBatch
 from jaxrft.training.state import Placement, init_state
 from jaxrft.training.step import make_score, make_train_step
-from tests.training.learners import VOCAB, difference, host, initial_model, make_model, make_samples
+from tests.training.learners import VOCAB, difference, drawn_of, host, initial_model, make_model, make_samples
 from tests.training.learners import learner_of as make_learner
 from tests.training.tiny import ROWS, digits, tiny_config
 
@@ -243,14 +238,6 @@ def test_a_rollout_with_a_kl_in_the_rewards_whitened_over_several_steps_and_pass
     settings = {"steps_per_generation": 6, "num_iterations": 2, "loss_type": None, "algorithm": algorithm}
     samples = sorted(ragged(12, 0), key=lambda s: -s.length)
     rewards = np.random.default_rng(3).normal(size=12).astype(np.float32)
-    completions = [
-        Completion(token_ids=list(s.response_ids), logprobs=s.logprobs, sampled_logprobs=None, finish_reason="stop")
-        for s in samples
-    ]
-    scores = Scores(total=rewards, components={"a": rewards})
-    prompts = [Prompt(i, "", "", [1], {}) for i in range(12)]
-    rollout = RolloutBatch(prompts=prompts, completions=completions, texts=[""] * 12, scores=scores, group=1)
-    drawn = Drawn(rollout=rollout, groups=list(range(12)), dropped=np.zeros(12, bool), prompts=12)
     results = {}
     for pack in (False, True):
         batching = BatchingConfig(pack=pack, row_length=TIME if pack else None)
@@ -260,7 +247,7 @@ def test_a_rollout_with_a_kl_in_the_rewards_whitened_over_several_steps_and_pass
         # Another than the policy, so that there is a KL.
         learner.reference = jax.tree.map(lambda a: 1.1 * a, learner.state.params)
         batch = learner.prepare(samples, score_old=True)
-        batch, kl = Credit(learner.recipe, [1.0], 12).assign(batch, drawn, None, range(12))
+        batch, kl = Credit(learner.recipe, [1.0], 12).assign(batch, drawn_of(samples, rewards, 1), None, range(12))
         updates = list(learner.update(batch, 99, None, 0.0))
         assert len(updates) == learner.step == 4
         listed = [in_list_order(batch, a) for a in (batch.old_logprobs, batch.ref_logprobs, batch.advantages)]
