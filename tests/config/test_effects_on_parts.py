@@ -88,7 +88,7 @@ def test_engine(monkeypatch, tmp_path):
     settings = {"max_slots": 3, "decode_chunk": 2, "quantization": "fp8"}
     config = RLConfig(rollout=from_dict({"rollout": settings}).rollout, max_prompt_length=5)
     parts.build_engine(config, None, None, tmp_path)
-    assert made == settings | {"max_length": 5 + config.max_completion_length}
+    assert made == settings | {"max_length": 5 + config.max_completion_length, "max_prompt_length": 5}
     monkeypatch.setattr(
         launch, "engine_from", lambda config, model, tokenizer, logs, say: (config.rollout.engine, logs)
     )
