@@ -41,10 +41,10 @@ def whole_cache(maximum: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PromptShapes:
-    """What prompts are padded to before they are run, which is a power of two of them, and how many are run together.
+    """How many prompts are run together, a power of two, and what they are padded to: one of three lengths.
 
-    Their lengths are few. What they leave is cut into blocks, and padded to one number of them, so that one program
-    puts prompts of all lengths into slots.
+    What they leave is cut into blocks, and padded to one number of these, so that one program puts prompts of all
+    lengths into slots.
 
     Attributes:
         rows: prompts that are run together at most.
@@ -87,9 +87,9 @@ class PromptShapes:
         """
         needed = max(len(request.prompt_ids) for request in requests)
         if longest is None or longest < needed:
-            longest = min(power_of_two(needed), max_length)
+            longest = power_of_two(needed)
         startable = -(-slots // min(request.n for request in requests))
-        return cls.of(min(len(requests), startable), longest, max_tokens)
+        return cls.of(min(len(requests), startable), min(longest, max_length), max_tokens)
 
     def each(self, length: int) -> int:
         """Blocks that a prompt of ``length`` tokens takes."""

@@ -118,8 +118,8 @@ def copy_prompts(caches: list[Cache], prompts: list[Cache], each: Int[Array, ""]
 
         return jax.tree.map(one, caches, prompts)
 
-    # What no slot needs is not looked at: prompts may be far shorter than they are allowed to be.
-    # By a loop: a program for each number of blocks would spare a GPU's host up to five looks whether there is another.
+    # Blocks that no slot needs are left out: prompts may be far shorter than they are allowed to be. A program for each
+    # number of blocks, in place of a loop, would spare a GPU's host up to five looks whether there is another.
     if whole := length // block:
         needed = jnp.minimum(-(-jnp.max(tokens) // block), whole)
         caches = jax.lax.fori_loop(0, needed, lambda number, caches: put(caches, number, block), caches)

@@ -73,7 +73,8 @@ def test_refused_by_the_engine(model, request_, sampling, message) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_slots": 0}, {"max_length": 1}, {"decode_chunk": 0}, {"max_prefill_tokens": 0}]
+    "options",
+    [{"max_slots": 0}, {"max_length": 1}, {"decode_chunk": 0}, {"max_prefill_tokens": 0}, {"max_prompt_length": 0}],
 )
 def test_engine_options_out_of_range(model, options) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(options))}: got"):
