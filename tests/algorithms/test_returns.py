@@ -28,11 +28,15 @@ def case_of(seed, shape=SHAPE):
     return rewards, values, mask
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("gamma", [1.0, 1, 0.9, 0.0])
 def test_returns_are_sums_over_what_is_valid(gamma):
+    """By a loop, and where a discount of 1 is known when the program is made, by a sum."""
     rewards, _, mask = case_of(0)
     expected = reference.token_returns(rewards, mask, gamma)
-    np.testing.assert_allclose(token_returns(rewards, mask, gamma), expected, rtol=1e-5, atol=1e-6)
+    for function in (token_returns, jax.jit(alg.token_returns, static_argnums=2)):
+        np.testing.assert_allclose(function(rewards, mask, gamma), expected, rtol=1e-5, atol=1e-6)
+    loops = str(jax.make_jaxpr(alg.token_returns, static_argnums=2)(rewards, mask, gamma)).count("scan[")
+    assert loops == (gamma != 1)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.97, 0.0), (0.0, 0.5)])
