@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 from flax import nnx
@@ -23,6 +25,7 @@ from jaxrft.models.logit_product import reduce_product
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, make_mesh
 from jaxrft.rollout import NativeEngine
+from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes
 from jaxrft.rollout.programs import Programs
 from jaxrft.training import memory_model
 from jaxrft.training import plan as planning
@@ -344,6 +347,25 @@ def test_joined_copy_is_what_the_engine_makes():
     joined = sum(leaf.kernel.nbytes for leaf in own if isinstance(leaf, JoinedKernel))
     assert planned == {"gpu": joined, "cpu": 0}
     assert joined > 0
+
+
+@pytest.mark.parametrize(("longest", "prompts"), [(512, 4), (700, 64), (9000, 3)])
+def test_prompts_are_what_the_engine_makes_of_them(longest, prompts):
+    """What a layer more keeps of the prompts that are run together, whatever fits."""
+    planned, made = [], []
+    for layers in (1, 2):
+        spec, config = spec_of(layers=layers), config_of(rows=prompts, max_prompt_length=longest)
+        assert config.rollout_prompts == prompts
+        planned.append(plan_of(config, spec).rollout["prompts and logits"])
+        graphdef, params = nnx.split(nnx.eval_shape(lambda spec=spec: Decoder(spec, rngs=nnx.Rngs(0))))
+        leaves, treedef = jax.tree.flatten(params)
+        shapes = PromptShapes.of(prompts, longest, PREFILL_TOKENS)
+        tokens = np.zeros((shapes.most(longest), shapes.each(longest) * shapes.block), np.int32)
+        run = functools.partial(Programs(graphdef, treedef, None)._prefill_impl, shapes=shapes)
+        left = jax.eval_shape(run, tuple(leaves), tokens, np.ones(len(tokens), np.int32))
+        made.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(left)))
+        assert planned[-1] > made[-1]
+    assert planned[1] - planned[0] == made[1] - made[0]
 
 
 def test_offloaded_state():
