@@ -8,10 +8,12 @@ Qwen2 whose number of layers makes up the size. Each side runs in a process of i
 read, ours, transformers'. Once with the files out of the page cache (cold), once with them in it (warm). GB are 10^9.
 
 raw 1, raw 4       plain reads of the same files in blocks of 16 MiB, by one thread or four
+raw kept           where the host is the device: four threads read into memory that stays, as large as the parameters
 seconds            median of the repeats; all_seconds has each. first_seconds: of the first, programs' compilation
                    included, as a run sees it; it does not count in the median where there are several repeats
 gb_per_second      of the file's bytes
-of_raw             gb_per_second over that of the faster plain read with the same state of the page cache
+of_raw, of_kept    gb_per_second over that of the faster plain read, and over raw kept's, with the same state of the
+                   page cache
 final_bytes        the parameters, in host memory: 0 on a GPU
 above_final_bytes  the peak of the process's resident memory while it loads, above what it was before and the
                    parameters: the largest of all loads. What else came into memory in the meantime, such as compiled
@@ -40,6 +42,7 @@ from machine import describe_machine, make_report
 
 PACKAGES = ("jaxrft", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "transformers")
 GIB = {"cpu": 1.0, "gpu": 14.2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Run = Callable[..., Any]
 
 
@@ -97,12 +100,16 @@ def measure(
     options: argparse.Namespace, sides: dict[str, Run], folder: Path, size: int, platform: str
 ) -> list[dict[str, Any]]:
     """A case for each side and state of the page cache; ``error`` where it fails."""
+    ratio = BYTES[options.param_dtype] / BYTES[options.dtype]
     loads = {
         "raw 1": lambda: loading_sides.read_raw(folder, threads=1),
         "raw 4": lambda: loading_sides.read_raw(folder, threads=4),
+        "raw kept": lambda: loading_sides.read_kept(folder, threads=4, ratio=ratio),
         "jaxrft": lambda: sides["jaxrft"](loading_sides.load_ours, folder, options.param_dtype, options.fsdp),
         "transformers": lambda: sides["transformers"](loading_sides.load_theirs, folder, options.param_dtype, platform),
     }
+    if platform != "cpu":
+        del loads["raw kept"]
     if options.no_peer:
         del loads["transformers"]
     cases = {(side, cache): {"side": side, "cache": cache, "loads": []} for cache in CACHES for side in loads}
@@ -120,6 +127,8 @@ def measure(
         fastest = max(cases[raw, cache]["gb_per_second"] for raw in ("raw 1", "raw 4"))
         if not side.startswith("raw") and "error" not in case:
             case["of_raw"] = case["gb_per_second"] / fastest
+            if platform == "cpu":
+                case["of_kept"] = case["gb_per_second"] / cases["raw kept", cache]["gb_per_second"]
     return list(cases.values())
 
 
@@ -141,7 +150,7 @@ def summarise(case: dict[str, Any], size: int) -> None:
         case["above_final_bytes"] = max(load["above_final_bytes"] for load in loads)
 
 
-COLUMNS = ("side", "page cache", "seconds", "first", "GB/s", "of raw", "final GiB", "above it GiB")
+COLUMNS = ("side", "page cache", "seconds", "first", "GB/s", "of raw", "of kept", "final GiB", "above it GiB")
 
 
 def cells(case: dict[str, Any]) -> list[str]:
@@ -150,9 +159,10 @@ def cells(case: dict[str, Any]) -> list[str]:
         return [*start, "failed: " + case["error"].splitlines()[0][:100]]
     numbers = [f"{case['seconds']:.3f}", f"{case['first_seconds']:.3f}", f"{case['gb_per_second']:.3f}"]
     if "of_raw" not in case:
-        return [*start, *numbers, "-", "-", "-"]
+        return [*start, *numbers, "-", "-", "-", "-"]
     gib = [f"{case[name] / 2**30:.3f}" for name in ("final_bytes", "above_final_bytes")]
-    return [*start, *numbers, f"{case['of_raw']:.3f}", *gib]
+    kept = f"{case['of_kept']:.3f}" if "of_kept" in case else "-"
+    return [*start, *numbers, f"{case['of_raw']:.3f}", kept, *gib]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import math
+import mmap
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +100,60 @@ def page_cache(folder: Path, warm: bool) -> None:
 
 
 def read_raw(folder: Path, threads: int) -> dict[str, Any]:
-    """A plain read of all files, block by block."""
+    """A plain read of all files, block by block, into the same few blocks of memory."""
+    return _timed_blocks(folder, threads, _read)
+
+
+def read_kept(folder: Path, threads: int, ratio: float) -> dict[str, Any]:
+    """A plain read into memory that stays: the least that a loader does where the host is the device.
+
+    Args:
+        ratio: bytes of that memory, all of them written, over those of the files.
+    """
+    return _timed_blocks(folder, threads, partial(_keep, ratio=ratio))
+
+
+def _timed_blocks(folder: Path, threads: int, read: Callable[[int, int, int], Any]) -> dict[str, Any]:
     files = [os.open(path, os.O_RDONLY) for path in sorted(folder.glob("*.safetensors"))]
     try:
         places = [(file, start) for file in files for start in range(0, os.fstat(file).st_size, BLOCK_BYTES)]
         start = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
-            for block in [pool.submit(_read, *place, BLOCK_BYTES) for place in places]:
-                block.result()
-        return {"seconds": time.perf_counter() - start}
+            # What they return lives until the last has ended.
+            _ = [block.result() for block in [pool.submit(read, *place, BLOCK_BYTES) for place in places]]
+            return {"seconds": time.perf_counter() - start}
     finally:
         for file in files:
             os.close(file)
 
 
+def _keep(file: int, start: int, size: int, ratio: float) -> mmap.mmap:
+    """Reads a block into pages of its own."""
+    import numpy as np
+
+    size = min(size, os.fstat(file).st_size - start)
+    memory = mmap.mmap(-1, max(1, int(size * ratio)))
+    kept = np.frombuffer(memory, np.uint8)
+    for read in range(0, size, len(kept)):
+        _read_into(kept[: size - read].data, file, start + read)
+    # Of parameters that are wider than the files.
+    kept[size:] = 0
+    return memory
+
+
 def _read(file: int, start: int, size: int) -> None:
     buffer = memoryview(bytearray(min(size, BLOCK_BYTES)))
     end = start + size
-    while start < end:
-        count = os.preadv(file, [buffer[: end - start]], start)
-        if not count:
-            return
+    while start < end and (count := _read_into(buffer[: end - start], file, start)):
         start += count
+
+
+def _read_into(view: memoryview, file: int, start: int) -> int:
+    """Bytes read: all that there are, or as many as fit."""
+    done = 0
+    while done < len(view) and (count := os.preadv(file, [view[done:]], start + done)):
+        done += count
+    return done
 
 
 def load_ours(folder: Path, param_dtype: str, fsdp: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     python -m benchmarks.report --check
 
 A section of the page stands between <!-- results:NAME --> and <!-- /results:NAME -->; its plots lie in docs/images.
+results:missing names what of the suites has not been measured.
 With --check nothing is written: the exit code is 1 if the page is not what the reports give.
 """
 
@@ -19,8 +20,10 @@ from pathlib import Path
 
 from report_plots import PLOTS, STYLE, digest_of, draw
 from report_tables import TABLES, Report
+from suite import entries
 
 ROOT = Path(__file__).resolve().parents[1]
+MISSING = "missing"
 SECTION = re.compile(r"<!-- results:(\w+) -->\n.*?<!-- /results:\1 -->", re.DOTALL)
 
 
@@ -65,6 +68,8 @@ def render(page: str, options: argparse.Namespace) -> str:
 
     def section(match: re.Match[str]) -> str:
         name = match[1]
+        if name == MISSING:
+            return f"<!-- results:{name} -->\n{missing(options.results)}\n<!-- /results:{name} -->"
         if name not in TABLES:
             raise SystemExit(f"{options.page}: no benchmark has results:{name}; there are {', '.join(TABLES)}")
         parts = [shown(name, path, options) for path in reports_of(name, options.results)]
@@ -72,6 +77,16 @@ def render(page: str, options: argparse.Namespace) -> str:
         return f"<!-- results:{name} -->\n{body}\n<!-- /results:{name} -->"
 
     return SECTION.sub(section, page)
+
+
+def missing(folder: Path) -> str:
+    """The entries of each suite that have no report."""
+    lines = []
+    for suite, words in (("gpu", "a GPU"), ("cpu", "a CPU")):
+        names = [f"`{e.name}`" for e in entries(suite) if not (folder / f"{e.name}_{suite}.json").exists()]
+        if names:
+            lines.append(f"Not measured yet, of the suite for {words}: {', '.join(names)}.")
+    return "\n\n".join(lines) or "All entries of both suites have been measured."
 
 
 def reports_of(name: str, folder: Path) -> list[Path]:

@@ -35,8 +35,8 @@ def failed(start: Sequence[str], case: Report) -> list[str]:
 
 def grpo_step(report: Report) -> str:
     columns = (
-        "Case", "Side", "Seconds a step", "Fastest", "Tokens/s", "Rollout", "Rewards", "Training", "Other",
-        "First step, cold", "Warm", "Time over jaxrft's", "Of the fastest",
+        "Case", "Side", "Seconds a step", "Fastest", "Tokens/s", "Rollout", "Rewards", "Training", "Weights",
+        "Other", "First step, cold", "Warm", "Time over jaxrft's", "Of the fastest",
     )  # fmt: skip
     rows: Rows = []
     for case in report["cases"]:
@@ -46,8 +46,7 @@ def grpo_step(report: Report) -> str:
                 rows.append(failed(start, side))
                 continue
             phases = side["phases"]
-            other = phases["other"] + phases.get("weights", 0.0)
-            times = [phases["rollout"], phases["rewards"], phases["training"], other]
+            times = [phases.get(phase) for phase in ("rollout", "rewards", "training", "weights", "other")]
             first = [_median(begun["seconds"] for begun in side["first_step"][kind]) for kind in ("cold", "warm")]
             ratios = [case.get(f"{what}_over_{name}") for what in ("speed", "fastest")]
             values = [side["seconds"], side["fastest_seconds"], side["tokens_per_second"], *times, *first, *ratios]
@@ -91,6 +90,16 @@ def rollout(report: Report) -> str:
         values += [case[peer][key] / case["jaxrft"][key] for peer in peers for key in ("seconds", "fastest_seconds")]
         rows.append([*start, *map(number, values)])
     return markdown(columns, rows, text=0)
+
+
+def reward_overlap(report: Report) -> str:
+    ways = list(report["cases"][0]["sides"])
+    columns = ("Seconds of an answer", *(f"{way.capitalize()}, s" for way in ways), "Hidden, of what can be")
+    rows = []
+    for case in report["cases"]:
+        seconds = [case["sides"][way]["seconds"] for way in ways]
+        rows.append([f"{case['latency']:g}", *map(number, [*seconds, case["hidden"]])])
+    return markdown(columns, rows)
 
 
 def weight_transfer(report: Report) -> str:
@@ -161,7 +170,8 @@ def projection(report: Report) -> str:
 
 
 def loading(report: Report) -> str:
-    columns = ("Side", "Page cache", "Seconds", "First", "GB/s", "Of the plain read's", "Parameters, GiB", "Above, GiB")
+    columns = ("Side", "Page cache", "Seconds", "First", "GB/s", "Of the plain read's", "Of the kept read's")
+    columns += ("Parameters, GiB", "Above, GiB")
     rows: Rows = []
     for case in report["cases"]:
         start = [case["side"], case["cache"]]
@@ -169,7 +179,8 @@ def loading(report: Report) -> str:
             rows.append(failed(start, case))
             continue
         memory = [case[key] / 2**30 if key in case else None for key in ("final_bytes", "above_final_bytes")]
-        values = [case["seconds"], case["first_seconds"], case["gb_per_second"], case.get("of_raw"), *memory]
+        speed = [case["gb_per_second"], case.get("of_raw"), case.get("of_kept")]
+        values = [case["seconds"], case["first_seconds"], *speed, *memory]
         rows.append([*start, *map(number, values)])
     return markdown(columns, rows, text=2)
 
@@ -211,6 +222,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "train_step": train_step,
     "logprobs": train_step,
     "rollout": rollout,
+    "reward_overlap": reward_overlap,
     "weight_transfer": weight_transfer,
     "attention": attention,
     "decode_attention": decode_attention,

@@ -3,6 +3,7 @@
     python -m benchmarks.run --suite cpu
     python -m benchmarks.run --suite cpu $(scripts/peers_environment.sh) --vllm ~/vllm/bin/python
     python -m benchmarks.run --suite gpu --only grpo_step train_step_1.5B_8192 --budget 540
+    python -m benchmarks.run --suite gpu --missing --budget 540
     python -m benchmarks.run --suite gpu --list
 
 Each report is NAME_SUITE.json in --output-dir, and suite_SUITE.json there says what ran, how it ended and how long it
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for; 1 if any of it failed."""
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     chosen = [entry for entry in entries(options.suite) if not options.only or entry.name in options.only]
+    if options.missing:
+        chosen = [entry for entry in chosen if not report_path(entry.name, options).exists()]
     commands = {entry.name: command(entry, options) for entry in chosen}
     if options.list:
         for name, words in commands.items():
@@ -59,6 +62,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=("cpu", "gpu"), required=True)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="entries to run; default: all")
+    parser.add_argument("--missing", action="store_true", help="of these, run those that have no report yet")
     for peer in PEERS:
         parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"has {peer}: run it too, where a benchmark takes it")
     parser.add_argument("--output-dir", type=Path, default=FOLDER / "results", help="default: benchmarks/results")
@@ -80,7 +84,12 @@ def command(entry: Entry, options: argparse.Namespace) -> list[str]:
     for peer in entry.peers:
         if python := getattr(options, peer):
             words += [f"--{peer}", python]
-    return [*words, "--output", str(options.output_dir / f"{entry.name}_{options.suite}.json")]
+    return [*words, "--output", str(report_path(entry.name, options))]
+
+
+def report_path(name: str, options: argparse.Namespace) -> Path:
+    """Where an entry's report is written."""
+    return options.output_dir / f"{name}_{options.suite}.json"
 
 
 def run(name: str, words: list[str], options: argparse.Namespace) -> dict[str, Any]:

@@ -34,10 +34,8 @@ def entries(suite: str) -> tuple[Entry, ...]:
     return _CPU if suite == "cpu" else (*_FIRST, *_GPU, *_train_steps())
 
 
-_ROLLOUT = (
-    "--hidden-size 512 --heads 8 --layers 8 --intermediate-size 1536 --vocab-size 8192 --concurrency 1 16 64 "
-    "--prompt-length 64 --response-length 64"
-)
+_MODEL = "--hidden-size 512 --heads 8 --layers 8 --intermediate-size 1536 --vocab-size 8192"
+_ROLLOUT = f"{_MODEL} --concurrency 1 16 64 --prompt-length 64 --response-length 64"
 _CPU = (
     # A server of vLLM's is never quite idle on a CPU: beside it the others are slower.
     Entry("grpo_step", "grpo_step", "--cases hidden256 quarter --starts 2", ("trl", "tunix")),
@@ -45,7 +43,11 @@ _CPU = (
     Entry("train_step", "train_step", "--steps 9"),
     Entry("logprobs", "train_step", "--pass logprobs --remat none --steps 9"),
     Entry("rollout", "rollout", _ROLLOUT),
+    Entry("rollout_lengths", "rollout", f"{_MODEL} --concurrency 16 --prompt-length 16 256 --response-length 32 256"),
+    # A prompt is read once for its group.
+    Entry("rollout_groups", "rollout", f"{_MODEL} --concurrency 64 --group 8 --prompt-length 256 --response-length 64"),
     Entry("rollout_vllm", "rollout", f"{_ROLLOUT} --no-peer", ("vllm",)),
+    Entry("reward_overlap", "reward_overlap"),
     Entry("weight_transfer", "weight_transfer", "--sizes small 0.5B", ("vllm",)),
     Entry("attention", "attention"),
     Entry("projection", "projection"),
@@ -53,6 +55,7 @@ _CPU = (
 )
 
 _BF16 = "--dtype bfloat16 --param-dtype bfloat16"
+_TILES = "--tiles 64x8x3 64x4x2 64x4x3 32x4x2 32x4x3 32x4x4 32x8x3 16x4x6 128x8x2 32x2x3"
 _PACKED = "--remat none --batching packed --steps 3 --warm-up 1"
 # What the goals speak of, one case each: about a minute of an H200, of which half is compilation; but two for rollouts
 # beside transformers', and the GRPO step, with cold and warm starts and TRL's rollouts by transformers' generate, had
@@ -61,16 +64,26 @@ _FIRST = (
     Entry("train_step_1.5B_8192", "train_step", f"--models 1.5B --lengths 8192 --tokens 8192 {_PACKED}"),
     Entry("rollout_1.5B_64_256", "rollout", f"--shape 1.5B {_BF16} --concurrency 256 64 --prompt-length 128 "
           "--response-length 256 --repeats 3"),
+    Entry("rollout_1.5B_alone", "rollout", f"--shape 1.5B {_BF16} --no-peer --concurrency 256 64 --prompt-length 128 "
+          "--response-length 256 --repeats 3"),
     Entry("train_step_0.6B_16384", "train_step", f"--models 0.6B --lengths 16384 --tokens 16384 {_PACKED} --no-peer"),
     Entry("attention", "attention", "--shapes 1.5B --lengths 8192 --tokens 16384 --dense-limit 2048 --repeats 5"),
     Entry("projection", "projection", "--tokens 8192 --hidden 1536 --kernels tied"),
     Entry("grpo_step", "grpo_step", "--cases 0.5B --repeats 2", ("trl",)),
+    Entry("logprobs_1.5B_16384", "train_step", "--pass logprobs --models 1.5B --lengths 16384 --tokens 16384 "
+          f"{_PACKED} --no-peer"),
 )  # fmt: skip
 _GPU = (
     # TRL's weights as its users with less memory have them, and rollouts on a server.
     Entry("grpo_step_bfloat16", "grpo_step", "--cases 0.5B --repeats 2 --trl-param-dtype bfloat16", ("trl", "vllm")),
     Entry("decode_attention", "decode_attention", "--shapes 0.5B 1.5B --slots 16 64 256"),
+    Entry("decode_attention_4096", "decode_attention", "--shapes 1.5B --keys 4096 --filled 3072 --slots 4 16"),
     Entry("attention_lengths", "attention"),
+    Entry(
+        "attention_packed",
+        "attention",
+        "--shapes 1.5B --lengths 8192 --tokens 16384 --dense-limit 2048 --kernels triton --masks packed",
+    ),
     Entry("projection_sizes", "projection"),
     # Twice as much work at a time where the floor is to be seen: short and long responses, one and many completions.
     Entry(
@@ -104,8 +117,23 @@ _GPU = (
         f"--shape 1.5B {_BF16} --fp8 --concurrency 1 16 64 256 --prompt-length 128 --response-length 256 --repeats 3 "
         "--no-peer",
     ),
+    Entry(
+        "reward_overlap",
+        "reward_overlap",
+        f"--shape 0.5B {_BF16} --prompts 64 --slots 128 --prompt-length 128 --response-length 256 --at-a-time 64",
+    ),
     Entry("weight_transfer", "weight_transfer", "--sizes 0.5B 1.5B", ("vllm",)),
     Entry("loading", "loading"),
+    # How the decode kernel was cut: tiles of keys, warps and stages, and instances for a slot's keys.
+    Entry("decode_attention_0.5B", "decode_attention", f"--shapes 0.5B --slots 256 {_TILES} --repeats 3"),
+    Entry(
+        "decode_attention_1.5B", "decode_attention", f"--shapes 1.5B --slots 256 64 {_TILES} --splits 1 2 --repeats 3"
+    ),
+    Entry(
+        "decode_attention_1.5B_splits",
+        "decode_attention",
+        "--shapes 1.5B --slots 64 16 --tiles 32x4x3 32x2x3 64x4x3 --splits 1 2 4 --repeats 3",
+    ),
 )
 
 
@@ -113,9 +141,12 @@ def _train_steps() -> Iterator[Entry]:
     """A process a shape and length: a long one's compilation would take another's minutes."""
     for shape in ("0.5B", "1.5B"):
         for length in (2048, 8192, 16384):
-            yield Entry(f"train_step_{shape}_{length}_kinds", "train_step", f"--models {shape} --lengths {length}")
-        # One sample a micro-batch; without rematerialisation it fits nowhere.
-        long = f"--models {shape} --lengths 65536 --tokens 65536 --micro-batches 1 --remat full --batching packed"
+            # torch's side has to fit beside ours: with 8192 tokens a micro-batch 1.5B takes 44 GiB, torch's 63.
+            few = f" --tokens {max(8192, length)}" if shape == "1.5B" else ""
+            yield Entry(f"train_step_{shape}_{length}_kinds", "train_step", f"--models {shape} --lengths {length}{few}")
+        # One sample a micro-batch. Activations are some 1 MB a token of 0.5B, 2 of 1.5B: these need rematerialisation.
+        remat = "none full" if shape == "0.5B" else "full"
+        long = f"--models {shape} --lengths 65536 --tokens 65536 --micro-batches 1 --remat {remat} --batching packed"
         yield Entry(f"train_step_{shape}_65536", "train_step", f"{long} --no-peer")
     seven = "--models 7B --dtypes bfloat16 --param-dtype bfloat16 --no-peer"
     step = f"{seven} --offload-optimizer --micro-batches 1 --steps 3"

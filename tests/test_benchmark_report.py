@@ -53,6 +53,29 @@ def test_section_without_a_report_says_so(page):
     assert "Not measured yet" in path.read_text()
 
 
+def test_what_has_no_report_is_named(page):
+    options, path = page
+    path.write_text("<!-- results:missing -->\n<!-- /results:missing -->\n")
+    assert report.main(options) == 0
+    gpu, cpu = (line for line in path.read_text().splitlines() if line.startswith("Not measured yet"))
+    assert "a GPU: `train_step_1.5B_8192`, `rollout_1.5B_64_256`, " in gpu
+    assert "a CPU: `grpo_step`, " in cpu
+    # The one that there is.
+    assert "`rollout_groups`" in cpu
+    assert "`rollout`" not in cpu
+
+
+@pytest.mark.parametrize("section", sorted(report.PLOTS))
+def test_every_section_has_a_plot(section, tmp_path):
+    """Of each report that there is, as many cases as it may have."""
+    for path in report.reports_of(section, ROOT / "benchmarks/results"):
+        for cases in (slice(None), slice(1)):
+            made = report.read(path)
+            made["cases"] = made["cases"][cases]
+            report.draw(section, made, tmp_path / "plot.png", "digest")
+            assert report.digest_of(tmp_path / "plot.png") == "digest"
+
+
 def test_unknown_section_is_refused(page):
     options, path = page
     path.write_text("<!-- results:nothing -->\n<!-- /results:nothing -->\n")
@@ -65,7 +88,7 @@ def test_gpu_reports_of_a_section_are_all_shown(page):
     results = path.parent / "results"
     case = {"settings": {"model": "1.5B", "length": 2048, "dtype": "bfloat16", "remat": "none", "packed": True}}
     case |= {"remat": "none", "tokens_per_second": 1234.0, "seconds": 2.0, "utilisation": 0.5}
-    case |= {"memory": {"peak_bytes": 2**30}, "lower_seconds": 1.0, "compile_seconds": 2.0}
+    case |= {"memory": {"peak_bytes": 2**30, "source": "device"}, "lower_seconds": 1.0, "compile_seconds": 2.0}
     failed = {"settings": case["settings"], "error": "Out: of | memory\nmore"}
     made = {"device": {"platform": "gpu", "kind": "NVIDIA H200", "count": 1}, "versions": {"jax": "0.10.2"}}
     for length in (2048, 8192):

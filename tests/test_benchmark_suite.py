@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from benchmarks import run
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("suite", ["cpu", "gpu"])
@@ -26,6 +27,13 @@ def test_every_entry_is_a_command_that_its_script_takes(suite, capsys):
         words = line.partition(f"{entry.script}.py ")[2].split()
         # Raises where an option is unknown.
         script.parse_arguments(words)
+
+
+@pytest.mark.parametrize("suite", ["cpu", "gpu"])
+def test_every_report_is_an_entrys(suite):
+    """One command measures again what the documentation shows."""
+    names = {path.name.removesuffix(f"_{suite}.json") for path in (ROOT / "benchmarks/results").glob(f"*_{suite}.json")}
+    assert names - {"suite"} <= {entry.name for entry in run.entries(suite)}
 
 
 @pytest.fixture
@@ -72,6 +80,12 @@ def test_nothing_begins_after_the_budget(suite, capsys):
     assert code == 0
     assert record == {}
     assert capsys.readouterr().out.count("left out") == 3
+
+
+def test_what_has_a_report_can_be_left_out(suite, capsys):
+    assert suite("--only", "good", "--missing")[0] == 0
+    assert suite("--only", "good", "--missing")[0] == 0
+    assert capsys.readouterr().out.count("good: done") == 1
 
 
 def test_unknown_name_is_refused(capsys):

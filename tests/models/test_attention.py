@@ -318,6 +318,14 @@ def test_a_choice_is_logged_once(working_kernels, caplog):
     assert "triton takes heads of 16, 32, 64, 128, 256 channels, not 80; cudnn does" in caplog.records[0].getMessage()
 
 
+def test_what_is_asked_for_is_logged_once(working_kernels, caplog):
+    with caplog.at_level("INFO", logger=choice.__name__):
+        for _ in range(3):
+            assert choice.choose("triton", GPU) == "triton"
+    assert [r.getMessage().split(" for ")[0] for r in caplog.records] == ["attention: triton"]
+    assert caplog.records[0].getMessage().endswith("as the configuration asks")
+
+
 def test_the_choice_for_decoding_is_logged_once_with_its_reason(working_kernels, monkeypatch, caplog):
     monkeypatch.setattr(choice, "probe", lambda kernel, *_: "gives wrong values here" if "decode" in kernel else None)
     with caplog.at_level("INFO", logger=choice.__name__):

@@ -145,6 +145,22 @@ def test_values_and_gradients(asked, name, heads, window):
     assert {call["sliding_window_length"] for call in asked} == {window}
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_nothing_leaks_between_segments(asked, window):
+    """Of what cuDNN is told to read and to write: other segments' numbers change neither values nor gradients."""
+    inputs, weight, mask = make_case("ragged", window=window)
+    # The third segment of the first row, between two others.
+    own = np.zeros((3, 96), bool)
+    own[0, 41:48] = True
+    by_time = [own[..., None, None], *[own[:, None, :, None]] * 2]
+    changed = [jnp.where(kept, array, 9.0) for kept, array in zip(by_time, inputs)]
+    weight = weight * own[..., None, None]
+    before, after = (results(attend_cudnn, some, weight, mask) for some in (inputs, changed))
+    for kept, a, b in zip([by_time[0], *by_time], before, after):
+        np.testing.assert_array_equal(jnp.where(kept, a, 0.0), jnp.where(kept, b, 0.0))
+    assert len(asked) >= 2
+
+
 def test_segments():
     mask = causal_mask(6, None, np.array([[3, 3, 1, 1, 1, 0], [2, 2, 2, 2, 2, 2]]))
     starts, lengths, fits = segments(mask, 4)

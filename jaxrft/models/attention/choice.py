@@ -64,6 +64,7 @@ def choose(wanted: str, use: Use) -> str:
     if wanted != "auto":
         if reason := refusal(wanted, use):
             raise ValueError(f"attention: got {wanted!r}, which {reason}; takes auto, dense or chunked")
+        logger.info("attention: %s for %s, as the configuration asks", wanted, use)
         return wanted
     plain = "dense" if use.keys <= DENSE_KEYS.get(use.platform, ACCELERATOR_DENSE_KEYS) else "chunked"
     refused = []
