@@ -46,10 +46,10 @@ class Decoder(nnx.Module):
         self.generation_config: str | None = None
         stddev = spec.init_stddev
         self.embed = Embedding(spec.vocab_size, spec.hidden_size, stddev=stddev, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(spec, dtype=dtype, rngs=rngs) for _ in range(spec.num_layers)])
+        self.layers = nnx.List([DecoderLayer(spec, rngs=rngs) for _ in range(spec.num_layers)])
         self.final_norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         if not spec.tie_embeddings:
-            options = {"bias": False, "stddev": stddev, "dtype": dtype, "rngs": rngs}
+            options: dict[str, Any] = {"bias": False, "stddev": stddev, "rngs": rngs}
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, ("embed", "vocab"), **options)
 
     def __call__(

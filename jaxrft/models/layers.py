@@ -20,7 +20,7 @@ from jaxrft import parallel
 from jaxrft.models.attention import AttentionMask, attend, attend_cached
 from jaxrft.models.elementwise import rms_norm, swiglu
 from jaxrft.models.joined import JoinedKernel
-from jaxrft.models.projection import lookup, project
+from jaxrft.models.projection import lookup, project, shift
 from jaxrft.models.rope import RopeTables, apply_rope
 from jaxrft.models.spec import DecoderSpec
 
@@ -33,7 +33,7 @@ class LayerCache(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias``, computed in ``dtype``.
+    """``x @ kernel + bias``, computed in the type of ``x``.
 
     Args:
         axes: logical names of the kernel's axes.
@@ -49,10 +49,8 @@ class Linear(nnx.Module):
         units: tuple[int, int] | None = None,
         bias: bool,
         stddev: float,
-        dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.dtype = dtype
         units = units or (inputs, outputs)
         init = jax.nn.initializers.normal(stddev)
         self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32), axes=axes, units=units)
@@ -68,7 +66,7 @@ class Linear(nnx.Module):
         """Adds the bias, if there is one, to the kernel's product."""
         if self.bias is None:
             return y
-        return y + parallel.gather(self.bias[...].astype(self.dtype), *parallel.logical_axes(self.bias))
+        return shift(y, self.bias[...], *parallel.logical_axes(self.bias))
 
 
 def together(x: Float[Array, "... inputs"], *layers: Linear) -> list[Float[Array, "... outputs"]]:
@@ -112,10 +110,10 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, spec: DecoderSpec, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
         self.spec = spec
         hidden, heads, kv_heads = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        options = {"stddev": spec.init_stddev, "dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {"stddev": spec.init_stddev, "rngs": rngs}
         kv_options = options | {"units": (hidden, spec.num_kv_heads), "bias": spec.qkv_bias}
         self.query = Linear(
             hidden, heads, ("embed", "heads"), units=(hidden, spec.num_heads), bias=spec.qkv_bias, **options
@@ -167,9 +165,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Gated feed-forward block (SwiGLU, arXiv:2002.05202)."""
 
-    def __init__(self, spec: DecoderSpec, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
         hidden, inner = spec.hidden_size, spec.intermediate_size
-        options = {"bias": spec.mlp_bias, "stddev": spec.init_stddev, "dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {"bias": spec.mlp_bias, "stddev": spec.init_stddev, "rngs": rngs}
         self.gate = Linear(hidden, inner, ("embed", "mlp"), **options)
         self.up = Linear(hidden, inner, ("embed", "mlp"), **options)
         self.down = Linear(inner, hidden, ("mlp", "embed"), **options)
@@ -183,11 +181,11 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each behind a norm and added to the stream."""
 
-    def __init__(self, spec: DecoderSpec, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps)
-        self.attention = Attention(spec, dtype=dtype, rngs=rngs)
+        self.attention = Attention(spec, rngs=rngs)
         self.mlp_norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps)
-        self.mlp = MLP(spec, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(spec, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch time hidden"], rope: RopeTables, mask: AttentionMask

@@ -112,6 +112,27 @@ def _project_backward(axes, units, residuals, dy):
 _project_trained.defvjp(_project_forward, _project_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def shift(
+    y: Float[Array, "... outputs"], bias: Float[Array, "outputs"], axes: tuple[str], units: tuple[int]
+) -> Float[Array, "... outputs"]:
+    """``y + bias`` in the type of ``y``; axes and units are those of the bias, as in :func:`project`."""
+    return y + parallel.gather(bias.astype(y.dtype), axes, units)
+
+
+def _shift_forward(y, bias, axes, units):
+    return shift(y, bias, axes, units), bias
+
+
+def _shift_backward(axes, units, bias, dy):
+    # JAX sums what was broadcast in the type of ``y``: in 16 bits a sum over thousands of tokens comes to a stop.
+    d_bias = jnp.sum(dy, axis=tuple(range(dy.ndim - 1)), dtype=jnp.float32)
+    return dy, parallel.constrain_gradient(d_bias, axes, units).astype(bias.dtype)
+
+
+shift.defvjp(_shift_forward, _shift_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(
     table: Float[Array, "vocab hidden"], tokens: Int[Array, "batch time"], dtype: Any

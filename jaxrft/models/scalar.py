@@ -29,8 +29,7 @@ class ScalarModel(nnx.Module):
     def __init__(self, spec: DecoderSpec, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         # Tied embeddings have no projection of their own.
         self.decoder = Decoder(dataclasses.replace(spec, tie_embeddings=True), dtype=dtype, rngs=rngs)
-        options = {"bias": False, "stddev": spec.init_stddev, "dtype": dtype, "rngs": rngs}
-        self.head = Linear(spec.hidden_size, 1, ("embed", "value"), **options)
+        self.head = Linear(spec.hidden_size, 1, ("embed", "value"), bias=False, stddev=spec.init_stddev, rngs=rngs)
 
     def values(
         self,

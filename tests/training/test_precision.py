@@ -9,12 +9,17 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxrft import models
 from jaxrft.config import ModelConfig, WarmStartConfig
 from jaxrft.models.decoder import Decoder
+from jaxrft.models.layers import Linear
+from jaxrft.models.logprobs import token_logprobs
 from jaxrft.training import warm_start
 from jaxrft.training.batch import make_batch
 from jaxrft.training.checkpoint import Checkpoints
 from jaxrft.training.state import make_init
+from tests.jaxprs import equations
+from tests.models.configs import CASES, SHAPE
 from tests.training.learners import LONGEST, VOCAB, bit_equal, host, initial_model, learner_of, make_samples
 
 
@@ -35,6 +40,36 @@ def steps(learner, count, seed=0):
         batch = learner.prepare(make_samples(8, seed=seed + number), score_old=True)
         stats += list(learner.update(batch, 9, None))
     return stats
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gradient_of_a_bias_is_summed_in_float32(dtype):
+    """JAX sums what was broadcast in its own type, where 2049 ones of bfloat16 make 2048 at best."""
+    layer = Linear(8, 4, ("embed", "heads"), bias=True, stddev=0.1, rngs=nnx.Rngs(0))
+    x = jnp.ones((3, 683, 8), dtype)
+
+    def loss(layer):
+        return jnp.sum(layer(x).astype(jnp.float32))
+
+    gradient = nnx.jit(nnx.grad(loss))(layer)["bias"][...]
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, [2049.0] * 4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_summed_in_16_bits(case):
+    """In the whole model's gradient, by us or by what JAX makes of broadcasts."""
+    model = models.from_config({**SHAPE, **CASES[case]}, dtype="bfloat16")
+    graph, state = nnx.split(model)
+    tokens = jnp.zeros((2, 16), jnp.int32)
+
+    def loss(state):
+        return token_logprobs(nnx.merge(graph, state), tokens, jnp.full(2, 16))[0].sum()
+
+    trace = jax.make_jaxpr(jax.grad(loss))(state)
+    sums = [e for e, _ in equations(trace.jaxpr) if e.primitive.name in ("reduce_sum", "cumsum", "reduce_window_sum")]
+    assert len(sums) > 10
+    assert not [e for e in sums if e.invars[0].aval.dtype.itemsize < 4]
 
 
 def test_an_overflow_in_float16_is_skipped_and_recovered_from():
