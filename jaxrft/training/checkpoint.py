@@ -109,7 +109,8 @@ class Checkpoints:
         A damaged one is passed over with a warning, and the one before it is used.
 
         Args:
-            like: a state of the same structure; restored arrays take its shapes, types and placement.
+            like: a state of the same structure, which may be abstract; restored arrays take its shapes, types and
+                placement.
 
         Raises:
             CheckpointError: there are checkpoints, and none can be read.

@@ -27,9 +27,10 @@ from jaxrft.training.batch import (
     pack_batch,
     select_step,
 )
+from jaxrft.training.checkpoint import Checkpoints, Restored
 from jaxrft.training.filling import Limits
 from jaxrft.training.optimizer import adamw, schedule
-from jaxrft.training.state import Placement, make_init
+from jaxrft.training.state import Placement, delete, make_init
 from jaxrft.training.step import make_score, make_train_step
 
 UNBOUNDED = np.full((2,), np.inf, np.float32)
@@ -76,6 +77,30 @@ class Learner:
     def reset(self, params: Any) -> None:
         """Starts anew from ``params``, with an optimizer that has seen nothing."""
         self.state = self._init(params)
+
+    def restore(self, checkpoints: Checkpoints) -> Restored | None:
+        """Takes the state of the newest checkpoint that can be read; None, and the first state, where there is none.
+
+        Two whole states of a large model do not fit where it is trained. So the moments go before those of the
+        checkpoint come, and the parameters when these are there: they are held twice, where a step holds gradients.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be read; the state is the first one.
+        """
+        params, restored = self.state.params, None
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
+        delete(self.state.opt_state)
+        try:
+            restored = checkpoints.restore(like)
+        finally:
+            if restored is None:
+                self.reset(params)
+        if restored is not None:
+            self.state = restored.state
+            self.publish()
+            # The engine has them yet; it is given new ones before it is used.
+            delete(params)
+        return restored
 
     @property
     def step(self) -> int:

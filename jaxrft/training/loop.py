@@ -214,12 +214,11 @@ class TrainingRun:
     def _restore(self) -> None:
         if not self.resumed:
             return
-        restored = self.checkpoints.restore(self.learner.state)
+        restored = self.learner.restore(self.checkpoints)
         if restored is None:
             print(f"{self.folder.path} has no checkpoint yet: the run starts from its beginning")
             return
         self.checkpoints.forget_after(restored.step)
-        self.learner.state = restored.state
         # Runs of version 0.1.0 kept neither of these, and drew the same number of prompts for each rollout.
         drawn = restored.record["rollouts"] * self.config.rollout_prompts
         self.record |= {"prompts": drawn} | restored.record

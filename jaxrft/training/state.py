@@ -111,6 +111,12 @@ def make_init(
     return init, like
 
 
+def delete(tree: Any) -> None:
+    """Frees the arrays of a tree, whoever else holds them."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
+
+
 def under(layout: Layout) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator of functions that are traced for a layout."""
 

@@ -26,7 +26,7 @@ from jaxrft.training.forward import response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
 from jaxrft.training.phases import Phases
 from jaxrft.training.rollouts import evaluation_sampling
-from jaxrft.training.state import TrainState, apply_gradients, make_init, under
+from jaxrft.training.state import TrainState, apply_gradients, delete, make_init, under
 
 if TYPE_CHECKING:
     from jaxrft.training.learner import Learner
@@ -89,6 +89,8 @@ class SupervisedStage:
         optimizer = optax.scale_by_adam(b2=0.99)
         init, like = make_init(learner.state.params, optimizer, learner.placement, learner.first_loss_scale)
         step_fn = _make_step(learner, optimizer, self.config, like)
+        # One set of moments at a time: a large model has no room for more.
+        delete(learner.state.opt_state)
         state = init(learner.state.params)
         longest = max(samples, key=lambda s: len(s.prompt_ids) + len(s.response_ids))
         self._look(state.params, 0, {})
@@ -100,8 +102,11 @@ class SupervisedStage:
                 if looks and self._look(state.params, step, {"loss": float(loss)}) >= settings.target_accuracy:
                     break
         finally:
-            learner.reset(state.params)
-            self.trainer.hand_over()
+            # A step that fails has taken its state along: then there is nothing to go on with.
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.params)):
+                delete(state.opt_state)
+                learner.reset(state.params)
+                self.trainer.hand_over()
 
     def _look(self, params: Any, step: int, metrics: dict[str, float]) -> float:
         """Reports greedy accuracy on the held-out prompts; 0 without any."""
