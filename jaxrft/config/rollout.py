@@ -115,7 +115,11 @@ class RolloutConfig(Section):
         "native",
         "native generates inside the trainer, from its own parameters; vllm on servers, to which they are copied.",
     )
-    max_slots: int = option(64, "Completions generated at the same time, by each server.", minimum=1)
+    max_slots: int = option(
+        64,
+        "Completions generated at the same time, by each server; on several devices a multiple of these.",
+        minimum=1,
+    )
     decode_chunk: int = option(
         8, "Tokens decoded for every slot before the native engine looks at what has ended.", minimum=1
     )

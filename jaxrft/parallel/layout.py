@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxrft.parallel.mesh import replicated
-from jaxrft.parallel.rules import mesh_axes, partition
+from jaxrft.parallel.rules import RULES, mesh_axes, partition
 
 # What each strategy shards over the mesh's axes ``fsdp`` and ``sequence`` (ZeRO: arXiv:1910.02054).
 STRATEGIES: dict[str, frozenset[str]] = {
@@ -74,6 +75,11 @@ class Layout:
         if self.decoding:
             axes = [{"batch": "slots", "time": None}.get(name or "", name) for name in axes]
         return partition(self.mesh, axes, shape, units=units)
+
+    @property
+    def slot_devices(self) -> int:
+        """Devices that share out the completions which are generated at the same time."""
+        return math.prod(self.mesh.shape.get(name, 1) for name in RULES["slots"])
 
     def named(self, spec: PartitionSpec) -> NamedSharding:
         """A spec on this mesh."""

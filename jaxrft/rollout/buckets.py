@@ -25,6 +25,26 @@ def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
+def slots_for(completions: int, most: int, devices: int = 1) -> int:
+    """Completions that are generated at once: a power of two, or as many as may be, in equal shares for the devices.
+
+    Slots that the devices do not divide would all be on each of them. So there are a few more or fewer, but not more
+    than may be, if each device can have one.
+
+    Args:
+        completions: in all.
+        most: that may be.
+        devices: which share them out.
+    """
+    fitting = max(most // devices, 1) * devices
+    return min(-(-power_of_two(completions) // devices) * devices, fitting)
+
+
+def startable(prompts: int, n: int, slots: int) -> int:
+    """Prompts of ``n`` completions each that free slots can start, at most."""
+    return min(prompts, -(-slots // n))
+
+
 def cache_bucket(length: int, maximum: int) -> int:
     """Tokens of a cache that holds ``length``: the maximum, its half, a quarter or an eighth, rounded up to 16.
 
@@ -88,8 +108,8 @@ class PromptShapes:
         needed = max(len(request.prompt_ids) for request in requests)
         if longest is None or longest < needed:
             longest = power_of_two(needed)
-        startable = -(-slots // min(request.n for request in requests))
-        return cls.of(min(len(requests), startable), min(longest, max_length), max_tokens)
+        prompts = startable(len(requests), min(request.n for request in requests), slots)
+        return cls.of(prompts, min(longest, max_length), max_tokens)
 
     def each(self, length: int) -> int:
         """Blocks that a prompt of ``length`` tokens takes."""

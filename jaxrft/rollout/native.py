@@ -11,7 +11,8 @@ from flax import nnx
 
 from jaxrft.config.base import ConfigError
 from jaxrft.models import Decoder
-from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes, power_of_two, whole_cache
+from jaxrft.parallel import Layout
+from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes, slots_for, whole_cache
 from jaxrft.rollout.checks import check_requests, check_sleep_level, check_stops, tags_to_wake
 from jaxrft.rollout.loop import Loop
 from jaxrft.rollout.programs import programs_of
@@ -37,14 +38,16 @@ class NativeEngine:
     Args:
         model: a :class:`jaxrft.models.Decoder`.
         tokenizer: gives the end-of-sequence token, and text to look for stop texts in.
-        max_slots: completions generated at the same time.
+        max_slots: completions generated at the same time, at most; on several devices a multiple of these, and one
+            for each at least.
         max_length: tokens of prompt and completion together at most; the caches have room for this many.
         decode_chunk: tokens decoded before the host looks at what has ended.
         max_prefill_tokens: prompt tokens, padding included, that are run at once; or those of the longest prompt, where
             these are more.
-        max_prompt_length: tokens of a prompt at most, where that is known: each is padded to these, a half or a quarter
-            of them, so that all calls of :meth:`generate` run the same programs. Longer ones are run too. None: the
-            power of two above the longest of a call.
+        max_prompt_length: tokens of a prompt at most, where that is known: each is padded to these, rounded up, a half
+            or a quarter of them, so that calls of :meth:`generate` with as many prompts and completions run the same
+            programs, however long their prompts are. Longer ones are run too. None: the power of two above the longest
+            of a call.
         eos_token_ids: end-of-sequence tokens; None takes the tokenizer's.
         quantization: ``fp8`` generates from the layers' kernels in 8-bit floating point. Log-probabilities are then
             those of the quantised model, which completions are drawn from, not the trainer's.
@@ -128,7 +131,7 @@ class NativeEngine:
         check_stops(sampling, stop_ids, vocab_size=self._vocab_size, has_tokenizer=has_tokenizer)
         if not requests:
             return []
-        slots = min(self._max_slots, power_of_two(sum(request.n for request in requests)))
+        slots = slots_for(sum(request.n for request in requests), self._max_slots, self._devices)
         scheduler = Scheduler(
             requests,
             sampling,
@@ -174,7 +177,9 @@ class NativeEngine:
         if treedef != self._treedef:
             raise ConfigError("params: not the state of this engine's model: pass the second result of nnx.split")
         self._leaves, self.version = tuple(leaves), version
-        self._programs = programs_of(self._graphdef, self._treedef, _mesh_of(leaves[0]), self._quantization)
+        mesh = _mesh_of(leaves[0])
+        self._devices = 1 if mesh is None else Layout(mesh).slot_devices
+        self._programs = programs_of(self._graphdef, self._treedef, mesh, self._quantization)
 
     def sleep(self, level: int = 1) -> None:
         """Generates nothing until :meth:`wake`; at level 2 it also lets go of the weights.

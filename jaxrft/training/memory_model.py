@@ -16,7 +16,7 @@ import math
 from jaxrft.data.batching import halvings
 from jaxrft.models.attention.choice import ACCELERATOR_DENSE_KEYS, DENSE_KEYS
 from jaxrft.models.logit_chunks import ALIGNMENT, logits_elements
-from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes
+from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes, slots_for, startable
 from jaxrft.training.memory_sizes import FLOAT32, Sizes
 
 Items = dict[str, float]
@@ -121,25 +121,45 @@ def _optimizer(sizes: Sizes) -> Items:
 
 def rollout_items(sizes: Sizes) -> Items:
     """What the engine holds beside the state while it generates."""
-    config, spec, mesh = sizes.config, sizes.spec, sizes.layout.mesh.shape
+    config, spec = sizes.config, sizes.spec
     if config.rollout.engine == "vllm":
         # A server's memory is its own; a bucket is packed while the one before it is read. It is no smaller than the
         # largest part of a layer.
         unit = spec.hidden_size * max(spec.vocab_size, 3 * spec.intermediate_size) * sizes.itemsize
         bucket = min(config.rollout.vllm.bucket_mib * 2**20, sizes.whole.param_bytes)
         return {"weights on their way": 2 * max(bucket, unit)}
-    devices = mesh["replica"] * mesh["fsdp"] * mesh["sequence"]
-    slots = max(min(config.rollout.max_slots, config.rollout_samples) / devices, 1)
     kv_heads = spec.num_kv_heads / (sizes.tensor if spec.num_kv_heads % sizes.tensor == 0 else 1)
     entry = 2 * kv_heads * spec.head_dim * sizes.itemsize
-    longest = halvings(config.max_prompt_length + config.max_completion_length, 16)[-1]
+    # Of rollouts and evaluations, what takes more.
+    answered = max((_answering(sizes, entry, *call) for call in sizes.calls), key=lambda items: sum(items.values()))
     return {
         "engine's parameters": sizes.whole.param_bytes if sizes.shares_params else 0,
         "parameters in use": _own_copy(sizes),
+    } | answered
+
+
+def _answering(sizes: Sizes, entry: float, prompts: int, n: int) -> Items:
+    """While the native engine answers ``n`` times to each of some prompts; ``entry``: bytes of a token, a layer."""
+    config, spec, devices = sizes.config, sizes.spec, sizes.layout.slot_devices
+    slots = slots_for(prompts * n, config.rollout.max_slots, devices)
+    shapes = PromptShapes.of(startable(prompts, n, slots), config.max_prompt_length, PREFILL_TOKENS)
+    longest = halvings(config.max_prompt_length + config.max_completion_length, 16)[-1]
+    logits = spec.vocab_size * FLOAT32
+    blocks, kept = _share(shapes.blocks, devices) * shapes.block, _share(shapes.rows, devices)
+    # First prompts are run, with one layer's activations and their logits; then each slot gets its prompt's.
+    running = _running(sizes, shapes, devices) + kept * logits
+    return {
         # One layer is there twice while caches grow.
-        "caches": slots * longest * entry * (spec.num_layers + 1),
-        "prompts and logits": max(_prompts(sizes, entry, devices), 3 * slots * spec.vocab_size * FLOAT32),
+        "caches": slots / devices * longest * entry * (spec.num_layers + 1),
+        "prompts and logits": blocks * entry * spec.num_layers
+        + kept * logits
+        + max(running, 3 * slots / devices * logits),
     }
+
+
+def _share(count: int, devices: int) -> float:
+    """Of an axis on each device: the whole where they do not divide it."""
+    return count / devices if count % devices == 0 else count
 
 
 def _own_copy(sizes: Sizes) -> float:
@@ -160,14 +180,11 @@ def _own_copy(sizes: Sizes) -> float:
     return kernels + scales * FLOAT32 + converted * sizes.itemsize + others
 
 
-def _prompts(sizes: Sizes, entry: float, devices: int) -> float:
-    """Prompts that are run at once: their caches, one layer's activations, and logits."""
+def _running(sizes: Sizes, shapes: PromptShapes, devices: int) -> float:
+    """One layer's activations of the prompts that are run at once."""
     config, spec = sizes.config, sizes.spec
-    shapes = PromptShapes.of(config.rollout_prompts, config.max_prompt_length, PREFILL_TOKENS)
     time = shapes.each(config.max_prompt_length) * shapes.block
-    run, kept = (max(n / devices, 1) for n in (shapes.most(config.max_prompt_length), shapes.rows))
-    blocks = max(shapes.blocks / devices, 1) * shapes.block
     whole = time <= DENSE_KEYS.get(sizes.platform, ACCELERATOR_DENSE_KEYS)
     scores = 2 * FLOAT32 * time * spec.num_heads / sizes.tensor if whole else 0.0
     layer = (4 * spec.hidden_size + 3 * spec.intermediate_size / sizes.tensor) * sizes.itemsize + scores
-    return blocks * entry * spec.num_layers + run * time * layer + 2 * kept * spec.vocab_size * FLOAT32
+    return _share(shapes.most(config.max_prompt_length), devices) * time * layer

@@ -31,9 +31,20 @@ class Sizes:
     Args:
         remat: the policy, ``auto`` resolved.
         platform: of the devices; None: of those in the mesh.
+        held_out: prompts of an evaluation.
+        greedy: whether each prompt of a rollout is also answered by itself, greedily.
     """
 
-    def __init__(self, config: RLConfig, spec: DecoderSpec, layout: Layout, remat: str, platform: str | None = None):
+    def __init__(
+        self,
+        config: RLConfig,
+        spec: DecoderSpec,
+        layout: Layout,
+        remat: str,
+        platform: str | None = None,
+        held_out: int = 0,
+        greedy: bool = False,
+    ):
         self.config, self.spec, self.layout = config, spec, layout
         self.scan, mesh = config.memory.scan_layers, layout.mesh.shape
         self.tensor, self.sequence = mesh["tensor"], mesh["sequence"]
@@ -47,6 +58,10 @@ class Sizes:
         self.tokens = self.rows * self.time / self.sequence
         self.vocab = spec.vocab_size / (self.tensor if spec.vocab_size % self.tensor == 0 else 1)
         self.attention = self._attention()
+        # Prompts that the engine is given at a time, and completions of each.
+        self.calls = [(config.rollout_prompts, config.num_generations)]
+        self.calls += [(config.rollout_prompts, 1)] if greedy else []
+        self.calls += [(held_out, config.num_generations_eval)] if held_out else []
         self.state = _described(spec, config.model.param_dtype, layout)
         self.whole = _described(spec, config.model.param_dtype, dataclasses.replace(layout, strategy="ddp"))
 

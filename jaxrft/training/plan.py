@@ -113,6 +113,8 @@ def make_plan(
     limit: float | None,
     group: int = 1,
     platform: str | None = None,
+    held_out: int = 0,
+    greedy: bool = False,
 ) -> Plan:
     """The plan of a config.
 
@@ -123,10 +125,12 @@ def make_plan(
         limit: usable bytes of a device, as :func:`usable_bytes` gives them; None plans without.
         group: completions of which a micro-batch holds a multiple, where the objective compares these.
         platform: of the devices, such as ``gpu``; None: of those in the mesh.
+        held_out: prompts of an evaluation, which the engine answers too.
+        greedy: whether each prompt of a rollout is also answered greedily.
     """
 
     def sizes_of(changed: RLConfig, remat: str) -> Sizes:
-        return Sizes(changed, spec, layout, remat, platform)
+        return Sizes(changed, spec, layout, remat, platform, held_out, greedy)
 
     search = functools.partial(_best, sizes_of=sizes_of, reference=reference, limit=limit)
     plan = search(config)

@@ -189,6 +189,8 @@ class RLTrainer:
             reference=self.recipe.policy.kl_coef > 0,
             limit=usable_bytes(self.config, device),
             group=self.config.num_generations if self.recipe.policy.grouped else 1,
+            held_out=len(self.eval_prompts.prompts) if self.eval_prompts is not None else 0,
+            greedy=self.recipe.advantage.baseline == "greedy",
         )
         print(plan, flush=True)
         check_plan(plan)

@@ -329,6 +329,40 @@ def test_slots_are_shared_out_over_replicas(run_python) -> None:
         assert done.stderr.count(f"Finished XLA compilation of jit({program})") == 2
 
 
+def test_each_device_has_its_slots_alone(run_python) -> None:
+    """Also where devices do not divide what may be, or are more than there are completions."""
+    run_python(
+        """
+        import jax
+        from flax import nnx
+        from jaxrft.parallel import make_mesh, replicated
+        from jaxrft.rollout import NativeEngine, SamplingParams
+        from tests.rollout.tiny import random_model, random_requests, tokens_of
+
+        graphdef, params = nnx.split(random_model())
+        for requests, most, slots in ((random_requests(7), 16, 15), (random_requests(1, largest=1), 2, 3)):
+            sampling = SamplingParams(max_tokens=6, seed=1)
+            with NativeEngine(nnx.merge(graphdef, params), max_slots=most, max_length=32) as engine:
+                expected = engine.generate(requests, sampling)
+                engine.update_weights(jax.device_put(params, replicated(make_mesh(3))), version=1)
+                decode, parts = engine._programs.decode, set()
+
+                def told(leaves, state, caches, *arguments, **options):
+                    for array in (state.done, caches[0].key):
+                        parts.update(part.data.shape[0] for part in array.addressable_shards)
+                    return decode(leaves, state, caches, *arguments, **options)
+
+                engine._programs.decode = told
+                completions = engine.generate(requests, sampling)
+                # Engines of a model share their programs.
+                del engine._programs.decode
+            assert tokens_of(completions) == tokens_of(expected)
+            assert parts == {slots // 3}, parts
+        """.replace("\n        ", "\n"),
+        devices=3,
+    )
+
+
 def test_matrices_are_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 with float32 parameters: vectors, as of norms, are used as they are kept.
 

@@ -24,7 +24,7 @@ from jaxrft.models.joined import JoinedKernel
 from jaxrft.models.logit_product import reduce_product
 from jaxrft.models.spec import DecoderSpec
 from jaxrft.parallel import Layout, make_mesh
-from jaxrft.rollout import NativeEngine
+from jaxrft.rollout import NativeEngine, Request, SamplingParams
 from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes
 from jaxrft.rollout.programs import Programs
 from jaxrft.training import memory_model
@@ -366,6 +366,45 @@ def test_prompts_are_what_the_engine_makes_of_them(longest, prompts):
         made.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(left)))
         assert planned[-1] > made[-1]
     assert planned[1] - planned[0] == made[1] - made[0]
+
+
+@pytest.mark.parametrize(("held_out", "n", "most"), [(64, 1, 64), (5, 3, 64), (264, 1, 300), (2, 1, 1)])
+def test_an_evaluation_is_planned_as_the_engine_makes_it(held_out, n, most):
+    """The default rollout has 8 completions: held-out prompts may need more slots, and are run more at a time."""
+    spec = spec_of(width=16, layers=1, heads=2, vocab=20)
+    config = config_of(
+        length=32,
+        num_generations=8,
+        num_generations_eval=n,
+        rollout={"max_slots": most},
+        evaluation={"temperature": 1.0},
+    )
+    planned = plan_of(config, spec, held_out=held_out).rollout
+    engine = NativeEngine(
+        Decoder(spec, rngs=nnx.Rngs(0)), max_slots=most, max_length=32, max_prompt_length=16, eos_token_ids=[]
+    )
+    made = []
+    for prompts, count in ((1, 8), (held_out, n)):
+        engine._programs.compiled.clear()
+        engine.generate([Request(prompt_ids=[1] * 16, n=count)] * prompts, SamplingParams(max_tokens=1))
+        (begin,) = (key for key in engine._programs.compiled if key[0] == "begin")
+        prefill = max(key for key in engine._programs.compiled if key[0] == "prefill")
+        # A token's keys and values: one head of eight channels, in float32.
+        made.append((begin[1] * begin[2] * 64 * 2, prefill[4] * prefill[5] * 64))
+    (slots, blocks), (eval_slots, eval_blocks) = made
+    assert planned["caches"] == max(slots, eval_slots)
+    assert planned["prompts and logits"] > max(blocks, eval_blocks)
+
+
+@pytest.mark.parametrize(("devices", "most", "slots"), [(8, 100, 96), (8, 2, 8), (3, 64, 63), (3, 2, 3), (1, 40, 40)])
+def test_slots_are_shared_out(devices, most, slots):
+    """As the engine makes them, in equal parts: what devices do not divide would be whole on each."""
+    spec = spec_of(width=16, layers=1, heads=2, vocab=20)
+    config = config_of(rows=64, length=32, rollout={"max_slots": most}, parallel={"fsdp": devices})
+    mesh = jax.sharding.AbstractMesh((1, devices, 1, 1), make_mesh().axis_names)
+    layout = Layout(mesh, config.parallel.chosen_strategy)
+    items = make_plan(config, spec, layout, reference=False, limit=None, platform="gpu").rollout
+    assert items["caches"] == slots / devices * 32 * 64 * 2
 
 
 def test_offloaded_state():
