@@ -108,12 +108,13 @@ class Cycle:
         kl_in_reward = recipe.kl.kl_in_reward and self.learner.needs_reference
         missing = self._lacks_logprobs(rollout)
         score_old = several or first is not None or kl_in_reward or missing
+        ordered, rows = [samples[i] for i in order], None
         if score_old or audit is not None or self.learner.needs_reference:
             # Compiled while the samples are scored.
-            self.learner.compile_step([samples[i] for i in order])
+            rows = self.learner.compile_step(ordered)
         if audit is not None:
             self._audit(audit, rollout, samples)
-        batch = self.learner.prepare([samples[i] for i in order], score_old=score_old)
+        batch = self.learner.prepare(ordered, score_old=score_old, rows=rows)
         if missing:
             batch = dataclasses.replace(batch, sampler_logprobs=batch.old_logprobs * batch.mask)
         batch, kl = self._run.credit.assign(batch, drawn, baseline, order)

@@ -158,21 +158,27 @@ class Learner:
             return
         logprobs = np.zeros(config.max_completion_length, np.float32)
         longest = Sample(prompt_ids=[0] * config.max_prompt_length, response_ids=[0] * len(logprobs), logprobs=logprobs)
-        samples = [longest] * config.rollout_samples
+        rows = make_rows(config, [longest] * config.rollout_samples)
         if config.audit.enabled or config.updates_per_rollout > 1 or self.needs_reference:
-            rows = make_rows(config, samples)
             self._score.prepare(self.state.params, _abstract(rows, batch_shardings(rows, self.layout)))
-        self.compile_step(samples)
+        self._compile_step(rows)
 
-    def compile_step(self, samples: Sequence[Sample]) -> None:
+    def compile_step(self, samples: Sequence[Sample]) -> TrainBatch | None:
         """Starts to compile the step for these samples, where programs are compiled ahead; returns at once.
 
         Args:
             samples: in the order in which they are trained.
+
+        Returns:
+            Their rows, on the host, if they were made: :meth:`prepare` takes them.
         """
         if not self.compiles_ahead:
-            return
+            return None
         rows = make_rows(self.config, samples)
+        self._compile_step(rows)
+        return rows
+
+    def _compile_step(self, rows: TrainBatch) -> None:
         if self.needs_reference:
             rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs)
         shardings = batch_shardings(rows, self.layout)
@@ -184,9 +190,13 @@ class Learner:
         self._step.close()
         self._score.close()
 
-    def prepare(self, samples: Sequence[Sample], *, score_old: bool) -> TrainBatch:
-        """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for."""
-        batch = self._place(make_rows(self.config, samples))
+    def prepare(self, samples: Sequence[Sample], *, score_old: bool, rows: TrainBatch | None = None) -> TrainBatch:
+        """Samples on the devices, with the reference's log-probabilities, and the policy's where asked for.
+
+        Args:
+            rows: what :meth:`compile_step` made of the same samples.
+        """
+        batch = self._place(make_rows(self.config, samples) if rows is None else rows)
         if score_old:
             old = self._score(self.state.params, batch)
             # From the host: one small program less for each length.

@@ -15,6 +15,7 @@ from jaxrft.config import AuditConfig, BatchingConfig, ParallelConfig
 from jaxrft.models import Decoder
 from jaxrft.rollout import programs
 from jaxrft.tracking import read_metrics
+from jaxrft.training import learner as learner_module
 from jaxrft.training.ahead import THREADS, Ahead
 from tests.training.learners import learner_of, make_model, make_samples, update
 from tests.training.tiny import MODEL, ROWS, SCRATCH, digits, tiny_config
@@ -163,11 +164,16 @@ def test_a_run_compiles_its_step_before_it_scores(tmp_path, monkeypatch):
 
     noted("compile_step", learner.compile_step)
     noted("prepare", learner.prepare)
+    made, make_rows = [], learner_module.make_rows
+    monkeypatch.setattr(learner_module, "make_rows", lambda c, samples: made.append(samples) or make_rows(c, samples))
     trainer.train()
-    longest, step, audited, trained = events
-    assert [name for name, _ in events] == ["compile_step", "compile_step", "prepare", "prepare"]
-    assert set(longest[1]) == {((0,) * config.max_prompt_length, (0,) * config.max_completion_length)}
+    step, audited, trained = events
+    assert [name for name, _ in events] == ["compile_step", "prepare", "prepare"]
     assert step[1] == trained[1] != audited[1]
+    # Of the longest samples, of those that the step is compiled for and trains, and of the audit's: each laid out once.
+    assert len(made) == 3
+    lengths = {(len(sample.prompt_ids), len(sample.response_ids)) for sample in made[0]}
+    assert lengths == {(config.max_prompt_length, config.max_completion_length)}
     assert learner._step._pool is None
     trainer.close()
 
