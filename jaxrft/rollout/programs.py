@@ -227,7 +227,7 @@ class Programs:
     def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
         window = caches[0].key.shape[2]
         done = state.done | ended
-        # A slot that is done is computed along with the others: keep it inside the window.
+        # As in advance.
         state = state._replace(done=done, positions=jnp.where(done, 0, state.positions))
         log = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps + 1, *x.shape)), state.newest)
 

@@ -142,11 +142,14 @@ def resize(cache: Cache, *, length: int) -> Cache:
 
 
 def advance(state: SlotState, drawn: Draw, values: SamplingValues) -> SlotState:
-    """Takes the drawn tokens where a slot is not done."""
-    live = (~state.done).astype(jnp.int32)
-    produced = state.produced + live
+    """Takes the drawn tokens where a slot is not done.
+
+    One that is done is computed along with the others, at its first place: behind its last there may be no cache.
+    """
+    produced = state.produced + ~state.done
     done = state.done | is_stop(drawn.tokens, values) | (produced >= state.limits)
-    return state._replace(newest=drawn, positions=state.positions + live, produced=produced, done=done)
+    positions = jnp.where(done, 0, state.positions + 1)
+    return state._replace(newest=drawn, positions=positions, produced=produced, done=done)
 
 
 def is_stop(tokens: Int[Array, "slots"], values: SamplingValues) -> Bool[Array, "slots"]:

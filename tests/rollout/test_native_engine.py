@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrft.models import Decoder
 from jaxrft.models.layers import LayerCache
 from jaxrft.rollout import NativeEngine, Request, SamplingParams, buckets, programs, scheduler, slots
 from jaxrft.rollout.buckets import PromptShapes
 from jaxrft.rollout.programs import Programs
 from jaxrft.rollout.sampling import modes, sampling_values
 from jaxrft.rollout.slots import Placement
-from tests.rollout.tiny import EOS, SPEC, own_leaves, random_model, random_requests, tokens_of
+from tests.rollout.tiny import EOS, SPEC, VOCAB, own_leaves, random_model, random_requests, tokens_of
 
 
 @pytest.fixture(autouse=True)
@@ -361,6 +362,27 @@ def test_each_device_has_its_slots_alone(run_python) -> None:
         """.replace("\n        ", "\n"),
         devices=3,
     )
+
+
+def test_no_token_is_written_behind_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions that fill theirs end in the middle of a chunk, while others, which began later, go on."""
+    seen, decode = [], Decoder.decode
+
+    def told(self, tokens, positions, caches, window):
+        jax.debug.callback(lambda positions: seen.append((int(positions.max()), window)), positions)
+        return decode(self, tokens, positions, caches, window)
+
+    programs.programs_of.cache_clear()
+    monkeypatch.setattr(Decoder, "decode", told)
+    prompts = np.random.default_rng(0).integers(VOCAB, size=(12, 60)).tolist()
+    requests = [Request(prompt_ids=prompt, seed=i) for i, prompt in enumerate(prompts)]
+    with NativeEngine(random_model(), max_slots=3, max_length=128, decode_chunk=3, eos_token_ids=[EOS]) as engine:
+        completions = engine.generate(requests, SamplingParams(max_tokens=5))
+    jax.effects_barrier()
+    programs.programs_of.cache_clear()
+    assert {len(completion.token_ids) for completion in completions} >= {2, 5}
+    assert max(position for position, _ in seen) == 63
+    assert all(position < window for position, window in seen)
 
 
 def test_matrices_are_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:
