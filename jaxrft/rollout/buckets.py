@@ -18,6 +18,8 @@ KERNEL_BLOCK = 64
 PREFILL_TOKENS = 8192
 # Of a prompt, in the blocks that the shortest is padded to.
 PROMPT_BLOCKS = (1, 2, 4)
+# Prompts that are put into slots together are all that there may be, or this part of them.
+FEW = 8
 
 
 def power_of_two(count: int) -> int:
@@ -63,8 +65,8 @@ def whole_cache(maximum: int) -> int:
 class PromptShapes:
     """How many prompts are run together, a power of two, and what they are padded to: one of three lengths.
 
-    What they leave is cut into blocks, and padded to one number of these, so that one program puts prompts of all
-    lengths into slots.
+    What they leave is cut into blocks, and padded to one of two numbers of these, so that one program puts prompts of
+    all lengths into slots, and another one those few that waited for them.
 
     Attributes:
         rows: prompts that are run together at most.
@@ -122,6 +124,16 @@ class PromptShapes:
     def padded(self, prompts: int, length: int) -> tuple[int, int]:
         """Rows and tokens that so many prompts take, the longest of which has ``length`` tokens."""
         return power_of_two(prompts), self.each(length) * self.block
+
+    def kept(self, rows: int, each: int) -> tuple[int, int]:
+        """Rows and blocks that ``rows`` prompts of ``each`` blocks are padded to, so that they are of few shapes.
+
+        They are all that there may be, or an eighth of that where it does: one that waited for a slot is not copied as
+        if it were many.
+        """
+        few = self.rows // FEW, max(self.blocks // FEW, PROMPT_BLOCKS[-1])
+        fits = rows <= few[0] and rows * each <= few[1]
+        return few if fits else (self.rows, self.blocks)
 
 
 def _power_below(count: int) -> int:

@@ -54,7 +54,7 @@ Caches = list[Cache]
 
 
 class Prefilled(NamedTuple):
-    """Prompts ready to be copied into slots; of one shape, whatever their number and lengths.
+    """Prompts ready to be copied into slots; of one of two shapes, whatever their number and lengths.
 
     Attributes:
         logits: of the first token of each.
@@ -220,9 +220,11 @@ class Programs:
         with self._traced():
             model = self._model(leaves)
             hidden, caches = model.prefill(*self._share_out((tokens, lengths)))
-            logits = padded(model.logits(hidden), shapes.rows)
-            caches = jax.tree.map(lambda x: padded(in_blocks(x, shapes.block), shapes.blocks), caches)
-            return self._share_out(Prefilled(logits, caches, jnp.int32(tokens.shape[1] // shapes.block)))
+            each = tokens.shape[1] // shapes.block
+            rows, blocks = shapes.kept(tokens.shape[0], each)
+            logits = padded(model.logits(hidden), rows)
+            caches = jax.tree.map(lambda x: padded(in_blocks(x, shapes.block), blocks), caches)
+            return self._share_out(Prefilled(logits, caches, jnp.int32(each)))
 
     def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
         window = caches[0].key.shape[2]

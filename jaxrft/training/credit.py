@@ -134,7 +134,7 @@ def _assign(
     weights: Float[Array, "rewards+1"],
     seen: alg.Moments,
 ) -> tuple[Float[Array, "parts samples response"], Float[Array, ""], alg.Moments]:
-    """Advantages, the mean KL that they hold, and the moments seen: one program for rollouts of all lengths.
+    """Advantages, the mean KL that they hold, and the moments seen: one program for padded rows of all lengths.
 
     Args:
         penalised: log-probabilities of policy and reference, and the KL's weight, where it goes into the rewards.

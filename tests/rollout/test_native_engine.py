@@ -210,7 +210,9 @@ def test_prompts_are_run_in_few_shapes() -> None:
         scheduled = scheduler.Scheduler(
             requests, SAMPLING, slots=count, max_length=2048, stop_ids=(), decode=None, version=0
         )
+        kinds: set[tuple[int, int]] = set()
         while scheduled.queue:
+            assert len(kinds) <= 2
             groups = scheduled.next_prompts(shapes)
             rows, time = scheduler.pad_prompts(groups, shapes)[0].shape
             assert time in (shapes.block, 2 * shapes.block, 4 * shapes.block)
@@ -219,6 +221,14 @@ def test_prompts_are_run_in_few_shapes() -> None:
             assert rows <= shapes.rows
             single = shapes.each(longest) * shapes.block
             assert rows * time <= shapes.blocks * shapes.block <= max(most, single)
+            kept = shapes.kept(rows, time // shapes.block)
+            assert rows <= kept[0] <= shapes.rows
+            assert rows * time // shapes.block <= kept[1] <= shapes.blocks
+            kinds.add(kept)
+            if rows == 1 and shapes.rows >= 8:
+                # One that waited alone is not copied as if it were many.
+                assert kept[0] <= shapes.rows / 8
+                assert kept[1] <= max(shapes.blocks / 8, 4)
             together, length, freed = len(groups), max(len(group.prompt) for group in groups), False
             while groups:
                 scheduled.place(groups)
