@@ -34,8 +34,11 @@ def state_items(sizes: Sizes, reference: bool) -> Items:
 
 def update_items(sizes: Sizes, reference: bool) -> Items:
     """What an update holds beside the state, at the moment at which it holds most."""
-    state, memory = sizes.state, sizes.config.memory
-    always: Items = {}
+    state, memory, config = sizes.state, sizes.config.memory, sizes.config
+    # What the loss reads: mask, advantages, places of the tokens, the engine's, the old and the reference's
+    # log-probabilities of a rollout, as long as a response may be, whole on each device.
+    read = (6 if reference else 5) * FLOAT32
+    always: Items = {"samples": config.rollout_samples * config.max_completion_length * read}
     if sizes.config.gradient_accumulation_steps > 1 or sizes.config.batching.pack:
         always["sum of gradients"] = state.gradient_bytes
     if sizes.platform == "cpu":

@@ -29,6 +29,8 @@ from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes
 from jaxrft.rollout.programs import Programs
 from jaxrft.training import memory_model
 from jaxrft.training import plan as planning
+from jaxrft.training.batch import Sample
+from jaxrft.training.learner import make_rows
 from jaxrft.training.memory_sizes import Sizes
 from jaxrft.training.plan import GIB, MIB, Plan, check_plan, make_plan, usable_bytes
 from tests.jaxprs import equations
@@ -366,6 +368,16 @@ def test_prompts_are_what_the_engine_makes_of_them(longest, prompts):
         made.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(left)))
         assert planned[-1] > made[-1]
     assert planned[1] - planned[0] == made[1] - made[0]
+
+
+def test_what_the_loss_reads_is_planned():
+    """As long as a response may be, however short they are."""
+    config = config_of(rows=4, parts=3)
+    sample = Sample(prompt_ids=[1], response_ids=[2], logprobs=np.zeros(1, np.float32))
+    rows = make_rows(config, [sample] * config.rollout_samples)
+    read = [rows.mask, rows.advantages, rows.sampler_logprobs, rows.sources, rows.old_logprobs]
+    assert sum(array.nbytes for array in read) == plan_of(config, spec_of()).update["samples"]
+    assert plan_of(config, spec_of(), reference=True).update["samples"] == 6 * rows.mask.nbytes
 
 
 @pytest.mark.parametrize(("held_out", "n", "most"), [(64, 1, 64), (5, 3, 64), (264, 1, 300), (2, 1, 1)])
