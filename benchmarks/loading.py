@@ -127,7 +127,7 @@ def measure(
         fastest = max(cases[raw, cache]["gb_per_second"] for raw in ("raw 1", "raw 4"))
         if not side.startswith("raw") and "error" not in case:
             case["of_raw"] = case["gb_per_second"] / fastest
-            if platform == "cpu":
+            if "gb_per_second" in cases.get(("raw kept", cache), {}):
                 case["of_kept"] = case["gb_per_second"] / cases["raw kept", cache]["gb_per_second"]
     return list(cases.values())
 

@@ -55,6 +55,7 @@ _CPU = (
 )
 
 _BF16 = "--dtype bfloat16 --param-dtype bfloat16"
+_ATTENTION = "--shapes 1.5B --lengths 8192 --tokens 16384 --dense-limit 2048 --repeats 7"
 _TILES = "--tiles 64x8x3 64x4x2 64x4x3 32x4x2 32x4x3 32x4x4 32x8x3 16x4x6 128x8x2 32x2x3"
 _PACKED = "--remat none --batching packed --steps 3 --warm-up 1"
 # What the goals speak of, one case each: about a minute of an H200, of which half is compilation; but two for rollouts
@@ -67,7 +68,8 @@ _FIRST = (
     Entry("rollout_1.5B_alone", "rollout", f"--shape 1.5B {_BF16} --no-peer --concurrency 256 64 --prompt-length 128 "
           "--response-length 256 --repeats 3"),
     Entry("train_step_0.6B_16384", "train_step", f"--models 0.6B --lengths 16384 --tokens 16384 {_PACKED} --no-peer"),
-    Entry("attention", "attention", "--shapes 1.5B --lengths 8192 --tokens 16384 --dense-limit 2048 --repeats 5"),
+    Entry("attention", "attention", f"{_ATTENTION} --kernels cudnn triton --tiles 128x128x8x3:128x64x8x4:128x64x8x4 "
+          "64x64x4x3:64x64x4x3:64x64x4x3 128x64x4x3:128x32x4x4:128x32x4x4 128x64x8x4:64x128x8x2:64x128x8x2"),
     Entry("projection", "projection", "--tokens 8192 --hidden 1536 --kernels tied"),
     Entry("grpo_step", "grpo_step", "--cases 0.5B --repeats 2", ("trl",)),
     Entry("logprobs_1.5B_16384", "train_step", "--pass logprobs --models 1.5B --lengths 16384 --tokens 16384 "
@@ -82,7 +84,8 @@ _GPU = (
     Entry(
         "attention_packed",
         "attention",
-        "--shapes 1.5B --lengths 8192 --tokens 16384 --dense-limit 2048 --kernels triton --masks packed",
+        f"{_ATTENTION} --kernels triton --masks packed --tiles 64x64x4x3:128x64x8x4:128x64x8x4 "
+        "64x128x4x2:128x64x8x2:128x64x8x2 128x128x8x2:64x64x4x4:64x64x4x4",
     ),
     Entry("projection_sizes", "projection"),
     # Twice as much work at a time where the floor is to be seen: short and long responses, one and many completions.
@@ -141,9 +144,12 @@ def _train_steps() -> Iterator[Entry]:
     """A process a shape and length: a long one's compilation would take another's minutes."""
     for shape in ("0.5B", "1.5B"):
         for length in (2048, 8192, 16384):
-            # torch's side has to fit beside ours: with 8192 tokens a micro-batch 1.5B takes 44 GiB, torch's 63.
-            few = f" --tokens {max(8192, length)}" if shape == "1.5B" else ""
-            yield Entry(f"train_step_{shape}_{length}_kinds", "train_step", f"--models {shape} --lengths {length}{few}")
+            options = f"--models {shape} --lengths {length}"
+            if shape == "1.5B":
+                # torch's side has to fit beside ours: with 8192 tokens a micro-batch 44 GiB, torch's 63, of which two
+                # thirds are for the tokens.
+                options += " --tokens 8192" if length <= 8192 else " --no-peer"
+            yield Entry(f"train_step_{shape}_{length}_kinds", "train_step", options)
         # One sample a micro-batch. Activations are some 1 MB a token of 0.5B, 2 of 1.5B: these need rematerialisation.
         remat = "none full" if shape == "0.5B" else "full"
         long = f"--models {shape} --lengths 65536 --tokens 65536 --micro-batches 1 --remat {remat} --batching packed"

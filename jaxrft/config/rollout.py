@@ -117,7 +117,8 @@ class RolloutConfig(Section):
     )
     max_slots: int = option(
         64,
-        "Completions generated at the same time, by each server; on several devices a multiple of these.",
+        "Completions generated at the same time, by each server. Where the native engine's are shared out over several "
+        "devices, it takes a multiple of their number that is not larger, but one for each at least.",
         minimum=1,
     )
     decode_chunk: int = option(

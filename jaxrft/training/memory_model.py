@@ -16,7 +16,7 @@ import math
 from jaxrft.data.batching import halvings
 from jaxrft.models.attention.choice import ACCELERATOR_DENSE_KEYS, DENSE_KEYS
 from jaxrft.models.logit_chunks import ALIGNMENT, logits_elements
-from jaxrft.rollout.buckets import PREFILL_TOKENS, PromptShapes, slots_for, startable
+from jaxrft.rollout.buckets import PREFILL_TOKENS, SMALLEST_BUCKET, PromptShapes, slots_for, startable, whole_cache
 from jaxrft.training.memory_sizes import FLOAT32, Sizes
 
 Items = dict[str, float]
@@ -36,9 +36,11 @@ def update_items(sizes: Sizes, reference: bool) -> Items:
     """What an update holds beside the state, at the moment at which it holds most."""
     state, memory, config = sizes.state, sizes.config.memory, sizes.config
     # What the loss reads: mask, advantages, places of the tokens, the engine's, the old and the reference's
-    # log-probabilities of a rollout, as long as a response may be, whole on each device.
+    # log-probabilities of a rollout, as long as a response may be, whole on each device. Packed micro-batches have as
+    # many places as the one of most samples, which depends on their lengths: these are at least as many.
     read = (6 if reference else 5) * FLOAT32
-    always: Items = {"samples": config.rollout_samples * config.max_completion_length * read}
+    samples: Items = {"samples": config.rollout_samples * config.max_completion_length * read}
+    always = dict(samples)
     if sizes.config.gradient_accumulation_steps > 1 or sizes.config.batching.pack:
         always["sum of gradients"] = state.gradient_bytes
     if sizes.platform == "cpu":
@@ -47,7 +49,10 @@ def update_items(sizes: Sizes, reference: bool) -> Items:
     moments = [_layers(sizes), _projection(sizes), _optimizer(sizes)]
     found = always | max(moments, key=lambda items: sum(items.values()))
     if reference and memory.offload_reference and sizes.host_is_apart:
-        scoring = {"reference": state.param_bytes, "scoring": sizes.whole_layer + max(_logits(sizes), _reduced(sizes))}
+        scoring = samples | {
+            "reference": state.param_bytes,
+            "scoring": sizes.whole_layer + max(_logits(sizes), _reduced(sizes)),
+        }
         found = max(found, scoring, key=lambda items: sum(items.values()))
     return found
 
@@ -146,7 +151,8 @@ def _answering(sizes: Sizes, entry: float, prompts: int, n: int) -> Items:
     config, spec, devices = sizes.config, sizes.spec, sizes.layout.slot_devices
     slots = slots_for(prompts * n, config.rollout.max_slots, devices)
     shapes = PromptShapes.of(startable(prompts, n, slots), config.max_prompt_length, PREFILL_TOKENS)
-    longest = halvings(config.max_prompt_length + config.max_completion_length, 16)[-1]
+    longest = config.max_prompt_length + config.max_completion_length
+    longest = halvings(longest, SMALLEST_BUCKET)[-1] if sizes.platform == "cpu" else whole_cache(longest)
     logits = spec.vocab_size * FLOAT32
     blocks, kept = _share(shapes.blocks, devices) * shapes.block, _share(shapes.rows, devices)
     # First prompts are run, with one layer's activations and their logits; then each slot gets its prompt's.

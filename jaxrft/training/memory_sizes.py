@@ -62,6 +62,7 @@ class Sizes:
         self.calls = [(config.rollout_prompts, config.num_generations)]
         self.calls += [(config.rollout_prompts, 1)] if greedy else []
         self.calls += [(held_out, config.num_generations_eval)] if held_out else []
+        self.calls += [(held_out, 1)] if held_out and config.warm_start.max_steps else []
         self.state = _described(spec, config.model.param_dtype, layout)
         self.whole = _described(spec, config.model.param_dtype, dataclasses.replace(layout, strategy="ddp"))
 

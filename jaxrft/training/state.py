@@ -117,6 +117,11 @@ def delete(tree: Any) -> None:
         leaf.delete()
 
 
+def is_deleted(tree: Any) -> bool:
+    """Whether any of a tree's arrays was freed, as a step does that takes them."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
+
+
 def under(layout: Layout) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator of functions that are traced for a layout."""
 

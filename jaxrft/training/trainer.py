@@ -25,6 +25,7 @@ from jaxrft.training.parity import compare
 from jaxrft.training.phases import Phases
 from jaxrft.training.plan import Plan, check_plan, make_plan, usable_bytes
 from jaxrft.training.rollouts import RolloutBatch, evaluation_sampling
+from jaxrft.training.state import is_deleted
 
 
 class RLTrainer:
@@ -93,12 +94,14 @@ class RLTrainer:
             with TrainingRun(self) as run:
                 return run.execute()
         finally:
-            self.learner.publish()
-            stale = self.engine.version != self.learner.step
-            if self.engine.keeps_params or self.engine.sleeps or stale:
-                # Where the engine is what failed, that is what the caller is told.
-                with contextlib.suppress(EngineError):
-                    self.hand_over()
+            # A step that failed may have taken the arrays along: then its error is what the caller is told.
+            if not is_deleted(self.learner.state.params):
+                self.learner.publish()
+                stale = self.engine.version != self.learner.step
+                if self.engine.keeps_params or self.engine.sleeps or stale:
+                    # Where the engine is what failed, likewise.
+                    with contextlib.suppress(EngineError):
+                        self.hand_over()
 
     def evaluate(self) -> dict[str, float]:
         """Answers every held-out prompt once (``num_generations_eval`` times) and scores the answers.

@@ -26,7 +26,7 @@ from jaxrft.training.forward import response_logprobs
 from jaxrft.training.optimizer import clip_by_norm
 from jaxrft.training.phases import Phases
 from jaxrft.training.rollouts import evaluation_sampling
-from jaxrft.training.state import TrainState, apply_gradients, delete, make_init, under
+from jaxrft.training.state import TrainState, apply_gradients, delete, is_deleted, make_init, under
 
 if TYPE_CHECKING:
     from jaxrft.training.learner import Learner
@@ -89,12 +89,13 @@ class SupervisedStage:
         optimizer = optax.scale_by_adam(b2=0.99)
         init, like = make_init(learner.state.params, optimizer, learner.placement, learner.first_loss_scale)
         step_fn = _make_step(learner, optimizer, self.config, like)
+        longest = max(samples, key=lambda s: len(s.prompt_ids) + len(s.response_ids))
         # One set of moments at a time: a large model has no room for more.
         delete(learner.state.opt_state)
-        state = init(learner.state.params)
-        longest = max(samples, key=lambda s: len(s.prompt_ids) + len(s.response_ids))
-        self._look(state.params, 0, {})
+        state = dataclasses.replace(learner.state, opt_state=())
         try:
+            state = init(learner.state.params)
+            self._look(state.params, 0, {})
             for step in range(1, settings.max_steps + 1):
                 batch = _one_shape([samples[i] for i in order.indices(step - 1)], longest)
                 state, loss = step_fn(state, batch)
@@ -103,7 +104,7 @@ class SupervisedStage:
                     break
         finally:
             # A step that fails has taken its state along: then there is nothing to go on with.
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.params)):
+            if not is_deleted(state.params):
                 delete(state.opt_state)
                 learner.reset(state.params)
                 self.trainer.hand_over()

@@ -210,9 +210,7 @@ def test_prompts_are_run_in_few_shapes() -> None:
         scheduled = scheduler.Scheduler(
             requests, SAMPLING, slots=count, max_length=2048, stop_ids=(), decode=None, version=0
         )
-        kinds: set[tuple[int, int]] = set()
         while scheduled.queue:
-            assert len(kinds) <= 2
             groups = scheduled.next_prompts(shapes)
             rows, time = scheduler.pad_prompts(groups, shapes)[0].shape
             assert time in (shapes.block, 2 * shapes.block, 4 * shapes.block)
@@ -224,7 +222,6 @@ def test_prompts_are_run_in_few_shapes() -> None:
             kept = shapes.kept(rows, time // shapes.block)
             assert rows <= kept[0] <= shapes.rows
             assert rows * time // shapes.block <= kept[1] <= shapes.blocks
-            kinds.add(kept)
             if rows == 1 and shapes.rows >= 8:
                 # One that waited alone is not copied as if it were many.
                 assert kept[0] <= shapes.rows / 8
@@ -241,6 +238,19 @@ def test_prompts_are_run_in_few_shapes() -> None:
                     assert more > shapes.rows or more * shapes.each(length) * shapes.block > (most - shapes.block) / 2
             if not len(scheduled.free):
                 scheduled._owner[rng.integers(count)] = scheduler.EMPTY
+
+
+def test_few_that_waited_are_put_into_slots_by_a_program_of_their_own(model) -> None:
+    """Two in all, whatever waits; completions are those of an engine in which none does."""
+    requests = random_requests(40, longest=12, largest=1)
+    expected = tokens_of(generate(model, requests, SAMPLING, max_slots=64, max_length=32))
+    programs.programs_of.cache_clear()
+    options = {"max_slots": 16, "max_length": 32, "max_prompt_length": 12, "decode_chunk": 1}
+    with NativeEngine(model, **options, eos_token_ids=[EOS]) as engine:
+        assert tokens_of(engine.generate(requests, SAMPLING)) == expected
+        admitted = {key[1] for key in engine._programs.compiled if key[0] == "admit"}
+    assert admitted == {16, 2}
+    programs.programs_of.cache_clear()
 
 
 def test_prompts_longer_than_was_said_are_run(model) -> None:

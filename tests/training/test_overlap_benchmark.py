@@ -5,7 +5,9 @@ import json
 
 import pytest
 
+from jaxrft.training import overlap
 from tests.conftest import ROOT
+from tests.training.overlapping import wait_until
 
 
 @pytest.fixture
@@ -35,18 +37,22 @@ def test_what_is_hidden_is_a_share_of_what_can_be(benchmark):
 
 
 def test_every_way_scores_the_same_completions(benchmark, monkeypatch):
-    """Each completion once; only overlapped ones in several calls."""
+    """Each completion once; overlapped ones group by group, where each is waited for."""
     calls = []
-    call = benchmark.Service.__call__
+    call, add = benchmark.Service.__call__, overlap.Overlap.add
 
     async def told(self, completions, **columns):
         calls.append(len(completions))
         return await call(self, completions, **columns)
 
+    def waits(self, group, completions):
+        before = sum(calls)
+        add(self, group, completions)
+        wait_until(lambda: sum(calls) > before)
+
     monkeypatch.setattr(benchmark.Service, "__call__", told)
+    monkeypatch.setattr(overlap.Overlap, "add", waits)
     sizes = "--shape tiny --prompts 4 --group 2 --slots 2 --prompt-length 3 --response-length 8 --latency 0.001"
     benchmark.main([*sizes.split(), "--repeats", "1"])
     # Compilation, rollout, rewards, one by one, overlapped.
-    assert calls[:4] == [8, 8, 8, 8]
-    assert len(calls[4:]) > 1
-    assert sum(calls[4:]) == 8
+    assert calls == [8, 8, 8, 8, 2, 2, 2, 2]

@@ -3,11 +3,13 @@
 import gc
 
 import jax
+import numpy as np
 import pytest
 
 from jaxrft import RLTrainer
 from jaxrft.config import WarmStartConfig
 from jaxrft.training import warm_start
+from jaxrft.training.state import delete, is_deleted
 from tests.training.tiny import ROWS, digits, tiny_config
 
 
@@ -50,16 +52,30 @@ def test_one_set_of_moments_at_a_time(trainer, monkeypatch):
 
 
 def test_what_a_step_fails_of_is_told(trainer, monkeypatch):
-    """Where it has taken the state along, too."""
+    """Where it has taken the state along, too: nothing is handed over that is gone."""
 
     def failing_step(*_):
         def run(state, batch):
-            for leaf in jax.tree.leaves(state):
-                leaf.delete()
+            delete(state)
             raise RuntimeError("out of memory")
 
         return run
 
+    def update_weights(params, version):
+        assert not is_deleted(params), "handed over"
+
     monkeypatch.setattr(warm_start, "_make_step", failing_step)
+    monkeypatch.setattr(trainer.engine, "update_weights", update_weights)
     with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+
+
+def test_one_that_ends_before_its_first_step_leaves_the_first_state(trainer, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warm_start.SupervisedStage, "_look", interrupted)
+    before = [np.asarray(array) for array in jax.tree.leaves(trainer.learner.state)]
+    with pytest.raises(KeyboardInterrupt):
         warm_start.SupervisedStage(trainer, None, None, lambda: None).run()
+    assert all(np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(trainer.learner.state), strict=True))
