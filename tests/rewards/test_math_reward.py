@@ -31,6 +31,15 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def reward():
+    """Has the time that a machine with other work may take for what takes a tenth of a second."""
+    patient = MathReward(timeout=60.0, workers=2, memory=1.0)
+    patient.start()
+    yield patient
+    patient.close()
+
+
+@pytest.fixture
+def strict():
     with_limit = MathReward(timeout=1.0, workers=2, memory=1.0)
     with_limit.start()
     yield with_limit
@@ -112,8 +121,8 @@ def test_a_large_batch_keeps_its_order(reward):
     assert grade(reward, *[(f"{padding}{n}", a) for n, a in zip(wanted, answers)]) == [float(n % 3 > 0) for n in wanted]
 
 
-def test_hostile_answers_are_wrong_within_the_limit_and_others_unharmed(reward):
-    reward.pop_metrics()
+def test_hostile_answers_are_wrong_within_the_limit_and_others_unharmed(strict):
+    strict.pop_metrics()
     pairs = [pair for text in HOSTILE for pair in ((text, "46"), ("46", "46"))]
     beats, stop = [], threading.Event()
 
@@ -124,16 +133,16 @@ def test_hostile_answers_are_wrong_within_the_limit_and_others_unharmed(reward):
     thread = threading.Thread(target=beat)
     thread.start()
     start = time.monotonic()
-    scores = grade(reward, *pairs, ("46", HOSTILE[0]))
+    scores = grade(strict, *pairs, ("46", HOSTILE[0]))
     elapsed = time.monotonic() - start
     stop.set()
     thread.join()
     assert scores == [0.0, 1.0] * len(HOSTILE) + [0.0]
-    assert elapsed < reward.timeout * len(HOSTILE) / reward.workers + 8
-    assert reward.pop_metrics()["timeouts"] >= 5
-    assert reward.pop_metrics() == {"timeouts": 0.0, "died": 0.0}
+    assert elapsed < strict.timeout * len(HOSTILE) / strict.workers + 8
+    assert strict.pop_metrics()["timeouts"] >= 5
+    assert strict.pop_metrics() == {"timeouts": 0.0, "died": 0.0}
     assert max(b - a for a, b in itertools.pairwise(beats)) < 3, "the trainer's threads go on"
-    assert grade(reward, ("46", "46"), ("45", "46")) == [1, 0]
+    assert grade(strict, ("46", "46"), ("45", "46")) == [1, 0]
 
 
 def test_workers_are_limited_light_and_few(reward):

@@ -80,8 +80,8 @@ def test_old_logprobs_of_other_parameters(tmp_path, monkeypatch):
     """The ratio is measured inside the step, which must change nothing when it is off."""
     original = learner.Learner.prepare
 
-    def spoiled(self, samples, *, score_old):
-        batch = original(self, samples, score_old=score_old)
+    def spoiled(self, samples, **options):
+        batch = original(self, samples, **options)
         return dataclasses.replace(batch, old_logprobs=batch.old_logprobs - 3e-5)
 
     monkeypatch.setattr(learner.Learner, "prepare", spoiled)
