@@ -14,6 +14,8 @@ seconds            median of the repeats; all_seconds has each. first_seconds: o
 gb_per_second      of the file's bytes
 of_raw, of_kept    gb_per_second over that of the faster plain read, and over raw kept's, with the same state of the
                    page cache
+fresh_bytes        memory that the kernel handed out in single pages meanwhile, the median as of seconds. A later load of
+                   the same process may find pages that the one before it has freed
 final_bytes        the parameters, in host memory: 0 on a GPU
 above_final_bytes  the peak of the process's resident memory while it loads, above what it was before and the
                    parameters: the largest of all loads. What else came into memory in the meantime, such as compiled
@@ -145,12 +147,24 @@ def summarise(case: dict[str, Any], size: int) -> None:
     case["first_seconds"] = case["all_seconds"][0]
     case["seconds"] = statistics.median(load["seconds"] for load in counted)
     case["gb_per_second"] = size / case["seconds"] / 1e9
+    case["fresh_bytes"] = statistics.median(load["fresh_bytes"] for load in counted)
     if "final_bytes" in loads[0]:
         case["final_bytes"] = loads[0]["final_bytes"]
         case["above_final_bytes"] = max(load["above_final_bytes"] for load in loads)
 
 
-COLUMNS = ("side", "page cache", "seconds", "first", "GB/s", "of raw", "of kept", "final GiB", "above it GiB")
+COLUMNS = (
+    "side",
+    "page cache",
+    "seconds",
+    "first",
+    "GB/s",
+    "of raw",
+    "of kept",
+    "fresh GiB",
+    "final GiB",
+    "above it GiB",
+)
 
 
 def cells(case: dict[str, Any]) -> list[str]:
@@ -158,11 +172,9 @@ def cells(case: dict[str, Any]) -> list[str]:
     if "error" in case:
         return [*start, "failed: " + case["error"].splitlines()[0][:100]]
     numbers = [f"{case['seconds']:.3f}", f"{case['first_seconds']:.3f}", f"{case['gb_per_second']:.3f}"]
-    if "of_raw" not in case:
-        return [*start, *numbers, "-", "-", "-", "-"]
-    gib = [f"{case[name] / 2**30:.3f}" for name in ("final_bytes", "above_final_bytes")]
-    kept = f"{case['of_kept']:.3f}" if "of_kept" in case else "-"
-    return [*start, *numbers, f"{case['of_raw']:.3f}", kept, *gib]
+    ratios = [f"{case[name]:.3f}" if name in case else "-" for name in ("of_raw", "of_kept")]
+    sizes = ("fresh_bytes", "final_bytes", "above_final_bytes")
+    return [*start, *numbers, *ratios, *(f"{case[name] / 2**30:.3f}" if name in case else "-" for name in sizes)]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -117,11 +118,11 @@ def _timed_blocks(folder: Path, threads: int, read: Callable[[int, int, int], An
     files = [os.open(path, os.O_RDONLY) for path in sorted(folder.glob("*.safetensors"))]
     try:
         places = [(file, start) for file in files for start in range(0, os.fstat(file).st_size, BLOCK_BYTES)]
-        start = time.perf_counter()
+        start, faults = time.perf_counter(), _fresh_bytes()
         with ThreadPoolExecutor(threads) as pool:
             # What they return lives until the last has ended.
             _ = [block.result() for block in [pool.submit(read, *place, BLOCK_BYTES) for place in places]]
-            return {"seconds": time.perf_counter() - start}
+            return {"seconds": time.perf_counter() - start, "fresh_bytes": _fresh_bytes() - faults}
     finally:
         for file in files:
             os.close(file)
@@ -164,14 +165,14 @@ def load_ours(folder: Path, param_dtype: str, fsdp: int) -> dict[str, Any]:
 
     layout = parallel.Layout(parallel.make_mesh(fsdp=fsdp), "fsdp") if fsdp > 1 else None
     before = _reset_peak()
-    start = time.perf_counter()
+    start, faults = time.perf_counter(), _fresh_bytes()
     arrays = jax.block_until_ready(
         jax.tree.leaves(nnx.state(models.load(folder, dtype=param_dtype, param_dtype=param_dtype, layout=layout)))
     )
     seconds = time.perf_counter() - start
     on_host = jax.default_backend() == "cpu"
     final = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards) if on_host else 0
-    return _loaded(seconds, before, final)
+    return _loaded(seconds, before, final, faults)
 
 
 def load_theirs(folder: Path, param_dtype: str, platform: str) -> dict[str, Any]:
@@ -180,17 +181,27 @@ def load_theirs(folder: Path, param_dtype: str, platform: str) -> dict[str, Any]
 
     device = torch_device(platform)
     before = _reset_peak()
-    start = time.perf_counter()
+    start, faults = time.perf_counter(), _fresh_bytes()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, param_dtype)).to(device)
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     final = sum(p.nbytes for p in model.parameters()) if device == "cpu" else 0
-    return _loaded(seconds, before, final)
+    return _loaded(seconds, before, final, faults)
 
 
-def _loaded(seconds: float, before: int, final: int) -> dict[str, Any]:
-    return {"seconds": seconds, "final_bytes": final, "above_final_bytes": _status("VmHWM") - before - final}
+def _loaded(seconds: float, before: int, final: int, faults: int) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "fresh_bytes": _fresh_bytes() - faults,
+        "final_bytes": final,
+        "above_final_bytes": _status("VmHWM") - before - final,
+    }
+
+
+def _fresh_bytes() -> int:
+    """Memory that this process has been handed in single pages: more than it holds, where pages came and went."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize()
 
 
 def _reset_peak() -> int:

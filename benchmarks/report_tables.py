@@ -171,14 +171,15 @@ def projection(report: Report) -> str:
 
 def loading(report: Report) -> str:
     columns = ("Side", "Page cache", "Seconds", "First", "GB/s", "Of the plain read's", "Of the kept read's")
-    columns += ("Parameters, GiB", "Above, GiB")
+    columns += ("Fresh pages, GiB", "Parameters, GiB", "Above, GiB")
     rows: Rows = []
     for case in report["cases"]:
         start = [case["side"], case["cache"]]
         if "error" in case:
             rows.append(failed(start, case))
             continue
-        memory = [case[key] / 2**30 if key in case else None for key in ("final_bytes", "above_final_bytes")]
+        sizes = ("fresh_bytes", "final_bytes", "above_final_bytes")
+        memory = [case[key] / 2**30 if key in case else None for key in sizes]
         speed = [case["gb_per_second"], case.get("of_raw"), case.get("of_kept")]
         values = [case["seconds"], case["first_seconds"], *speed, *memory]
         rows.append([*start, *map(number, values)])

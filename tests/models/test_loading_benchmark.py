@@ -48,6 +48,7 @@ def test_report_is_complete_and_consistent(benchmark, tmp_path, capsys):
             # From bfloat16 to float32.
             assert case["final_bytes"] == 2 * report["checkpoint"]["bytes"]
             assert "above_final_bytes" in case
+    assert cases["raw kept", "warm"]["fresh_bytes"] >= 2 * report["checkpoint"]["bytes"]
     assert "above it GiB" in capsys.readouterr().out.splitlines()[0]
 
 
