@@ -14,8 +14,8 @@ seconds            median of the repeats; all_seconds has each. first_seconds: o
 gb_per_second      of the file's bytes
 of_raw, of_kept    gb_per_second over that of the faster plain read, and over raw kept's, with the same state of the
                    page cache
-fresh_bytes        memory that the kernel handed out in single pages meanwhile, the median as of seconds. A later load of
-                   the same process may find pages that the one before it has freed
+fresh_bytes        memory that the kernel handed out in single pages, the median as of seconds. A later load of the same
+                   process may find pages that the one before it has freed
 final_bytes        the parameters, in host memory: 0 on a GPU
 above_final_bytes  the peak of the process's resident memory while it loads, above what it was before and the
                    parameters: the largest of all loads. What else came into memory in the meantime, such as compiled
