@@ -8,7 +8,8 @@ Qwen2 whose number of layers makes up the size. Each side runs in a process of i
 read, ours, transformers'. Once with the files out of the page cache (cold), once with them in it (warm). GB are 10^9.
 
 raw 1, raw 4       plain reads of the same files in blocks of 16 MiB, by one thread or four
-raw kept           where the host is the device: four threads read into memory that stays, as large as the parameters
+raw kept           where the host is the device: four threads read into fresh memory that stays, as large as the
+                   parameters. No floor: a loader may find memory that it had before
 seconds            median of the repeats; all_seconds has each. first_seconds: of the first, programs' compilation
                    included, as a run sees it; it does not count in the median where there are several repeats
 gb_per_second      of the file's bytes
@@ -154,17 +155,8 @@ def summarise(case: dict[str, Any], size: int) -> None:
 
 
 COLUMNS = (
-    "side",
-    "page cache",
-    "seconds",
-    "first",
-    "GB/s",
-    "of raw",
-    "of kept",
-    "fresh GiB",
-    "final GiB",
-    "above it GiB",
-)
+    "side", "page cache", "seconds", "first", "GB/s", "of raw", "of kept", "fresh GiB", "final GiB", "above it GiB",
+)  # fmt: skip
 
 
 def cells(case: dict[str, Any]) -> list[str]:

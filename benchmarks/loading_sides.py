@@ -106,7 +106,7 @@ def read_raw(folder: Path, threads: int) -> dict[str, Any]:
 
 
 def read_kept(folder: Path, threads: int, ratio: float) -> dict[str, Any]:
-    """A plain read into memory that stays: the least that a loader does where the host is the device.
+    """A plain read into fresh memory that stays, as parameters take it where the host is the device.
 
     Args:
         ratio: bytes of that memory, all of them written, over those of the files.

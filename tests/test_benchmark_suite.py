@@ -31,7 +31,7 @@ def test_every_entry_is_a_command_that_its_script_takes(suite, capsys):
 
 @pytest.mark.parametrize("suite", ["cpu", "gpu"])
 def test_every_report_is_an_entrys(suite):
-    """One command measures again what the documentation shows."""
+    """By name: ``--only`` measures again what the documentation shows."""
     names = {path.name.removesuffix(f"_{suite}.json") for path in (ROOT / "benchmarks/results").glob(f"*_{suite}.json")}
     assert names - {"suite"} <= {entry.name for entry in run.entries(suite)}
 
