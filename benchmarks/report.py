@@ -15,15 +15,30 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from report_plots import PLOTS, STYLE, digest_of, draw
-from report_tables import TABLES, Report
+import report_plots as plots
+import report_tables as tables
+from report_plots import STYLE, Plot, digest_of, draw
+from report_tables import Report
 from suite import entries
 
 ROOT = Path(__file__).resolve().parents[1]
 MISSING = "missing"
+# Name of a section -> how a report of it is shown. The reports are NAME_cpu.json, NAME_*_cpu.json, and so for a GPU.
+SECTIONS: dict[str, tuple[Callable[[Report], str], Plot]] = {
+    "grpo_step": (tables.grpo_step, plots.grpo_step),
+    "train_step": (tables.train_step, plots.train_step),
+    "logprobs": (tables.train_step, plots.train_step),
+    "rollout": (tables.rollout, plots.rollout),
+    "reward_overlap": (tables.reward_overlap, plots.reward_overlap),
+    "weight_transfer": (tables.weight_transfer, plots.weight_transfer),
+    "attention": (tables.attention, plots.attention),
+    "decode_attention": (tables.decode_attention, plots.decode_attention),
+    "projection": (tables.projection, plots.projection),
+    "loading": (tables.loading, plots.loading),
+}
 SECTION = re.compile(r"<!-- results:(\w+) -->\n.*?<!-- /results:\1 -->", re.DOTALL)
 
 
@@ -39,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not image.exists() or digest_of(image) != digest:
             differences.append(str(image))
             if not options.check:
-                draw(section, read(path), image, digest)
+                draw(SECTIONS[section][1], read(path), image, digest)
     if options.check:
         for name in differences:
             print(f"{name} is not what the reports give: run python -m benchmarks.report")
@@ -70,8 +85,8 @@ def render(page: str, options: argparse.Namespace) -> str:
         name = match[1]
         if name == MISSING:
             return f"<!-- results:{name} -->\n{missing(options.results)}\n<!-- /results:{name} -->"
-        if name not in TABLES:
-            raise SystemExit(f"{options.page}: no benchmark has results:{name}; there are {', '.join(TABLES)}")
+        if name not in SECTIONS:
+            raise SystemExit(f"{options.page}: no benchmark has results:{name}; there are {', '.join(SECTIONS)}")
         parts = [shown(name, path, options) for path in reports_of(name, options.results)]
         body = "\n\n".join(parts) or "*Not measured yet.*"
         return f"<!-- results:{name} -->\n{body}\n<!-- /results:{name} -->"
@@ -107,10 +122,8 @@ def shown(name: str, path: Path, options: argparse.Namespace) -> str:
     lines = [f"Measured on {device(report)}{when} ({said}; {link}, `{report['command']}`):", ""]
     # What whoever measured had to say of it.
     lines += [report["note"], ""] if "note" in report else []
-    lines.append(TABLES[name](report))
-    if name in PLOTS:
-        image = plot_path(path, options)
-        lines += ["", f"![{name.replace('_', ' ')} on {device(report)}](images/{image.name})"]
+    lines.append(SECTIONS[name][0](report))
+    lines += ["", f"![{name.replace('_', ' ')} on {device(report)}](images/{plot_path(path, options).name})"]
     return "\n".join(lines)
 
 
@@ -126,9 +139,9 @@ def device(report: Report) -> str:
 
 
 def all_plots(page: str, options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    """Sections of the page with plots, and the report of each."""
+    """Sections of the page, and the reports of each."""
     for match in SECTION.finditer(page):
-        if match[1] in PLOTS:
+        if match[1] != MISSING:
             yield from ((match[1], path) for path in reports_of(match[1], options.results))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Report = dict[str, Any]
+Plot = Callable[[Report, Callable[..., Any]], None]
 PHASES = {"rollout": "#3b6fb6", "rewards": "#b3b3b3", "training": "#d98032", "weights": "#4f9d69", "other": "#7a5195"}
 COLOURS = {"jaxrft": "#3b6fb6", "trl": "#d98032", "tunix": "#4f9d69", "vllm": "#4f9d69", "transformers": "#d98032"}
 COLOURS |= {"torch": "#d98032", "jaxrft_fp8": "#7a5195"}
@@ -220,21 +221,7 @@ def _colour(name: str, number: int = 2) -> str:
     return COLOURS.get(name, OTHERS[number % len(OTHERS)])
 
 
-PLOTS: dict[str, Callable[..., None]] = {
-    "grpo_step": grpo_step,
-    "train_step": train_step,
-    "logprobs": train_step,
-    "rollout": rollout,
-    "reward_overlap": reward_overlap,
-    "weight_transfer": weight_transfer,
-    "attention": attention,
-    "decode_attention": decode_attention,
-    "projection": projection,
-    "loading": loading,
-}
-
-
-def draw(section: str, report: Report, path: Path, digest: str) -> None:
+def draw(plot: Plot, report: Report, path: Path, digest: str) -> None:
     """Writes a PNG on a light background; what it was made from goes along as text."""
     import matplotlib
 
@@ -251,7 +238,7 @@ def draw(section: str, report: Report, path: Path, digest: str) -> None:
         return list(axes.flat)
 
     with pyplot.rc_context({"font.size": 10, "axes.titlesize": 10, "figure.facecolor": "white"}):
-        PLOTS[section](report, axes_of)
+        plot(report, axes_of)
         path.parent.mkdir(parents=True, exist_ok=True)
         made[0].savefig(path, dpi=130, metadata={"Source": digest})
     pyplot.close(made[0])

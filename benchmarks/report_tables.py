@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Report = dict[str, Any]
@@ -215,18 +215,3 @@ def _cell(key: str, value: Any) -> str:
 def _median(values: Iterable[float]) -> float | None:
     found = list(values)
     return statistics.median(found) if found else None
-
-
-# Name of a section -> how a report of it is shown. The reports are NAME_cpu.json, NAME_*_cpu.json, and so for a GPU.
-TABLES: dict[str, Callable[[Report], str]] = {
-    "grpo_step": grpo_step,
-    "train_step": train_step,
-    "logprobs": train_step,
-    "rollout": rollout,
-    "reward_overlap": reward_overlap,
-    "weight_transfer": weight_transfer,
-    "attention": attention,
-    "decode_attention": decode_attention,
-    "projection": projection,
-    "loading": loading,
-}
