@@ -186,32 +186,6 @@ def loading(report: Report) -> str:
     return markdown(columns, rows, text=2)
 
 
-def plain(report: Report) -> str:
-    """Cases whose fields are words and numbers: a column for each, a row for each case or each of its sides."""
-    cases = []
-    for case in report["cases"]:
-        fields = {**case.get("settings", {}), **case}
-        cases += [fields | {"side": name} | side for name, side in case.get("sides", {}).items()] or [fields]
-    kept = dict.fromkeys(key for case in cases for key, value in case.items() if not isinstance(value, (dict, list)))
-    columns = [key for key in kept if key != "error"]
-    words = [key for key in columns if any(isinstance(case.get(key), (str, bool)) for case in cases)]
-    columns = [*words, *(key for key in columns if key not in words)]
-    rows = []
-    for case in cases:
-        cells = [_cell(key, case.get(key)) for key in columns]
-        rows.append(failed(cells[: len(words)], case) if "error" in case else cells)
-    heads = [key.replace("_bytes", ", MiB").replace("_", " ") for key in columns]
-    return markdown(heads, rows, text=len(words))
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "-", True: "yes", False: "no"}[value]
-    if key.endswith("_bytes"):
-        return number(value / 2**20)
-    return value if isinstance(value, str) else str(value) if isinstance(value, int) else number(value)
-
-
 def _median(values: Iterable[float]) -> float | None:
     found = list(values)
     return statistics.median(found) if found else None

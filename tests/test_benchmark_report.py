@@ -108,25 +108,6 @@ def test_gpu_reports_of_a_section_are_all_shown(page):
     assert (path.parent / "images/benchmark-train-step-1.5B-8192-gpu.png").exists()
 
 
-def test_words_and_numbers_make_a_table():
-    from report_tables import plain
-
-    cases = [{"name": "a", "seconds": 0.12345, "steps": [1], "settings": {"size": 3}}, {"name": "b", "error": "no"}]
-    lines = plain({"cases": cases}).splitlines()
-    assert lines[0] == "| name | size | seconds |"
-    assert lines[2] == "| a | 3 | 0.123 |"
-    assert lines[3] == "| b | failed: no |  |"
-
-
-def test_sides_have_rows_of_their_own():
-    from report_tables import plain
-
-    sides = {"ours": {"peak_bytes": 2**20, "seconds": 2.0}, "theirs": {"error": "no"}}
-    lines = plain({"cases": [{"size": 3, "sides": sides}]}).splitlines()
-    assert lines[0] == "| side | size | peak, MiB | seconds |"
-    assert lines[2:] == ["| ours | 3 | 1.00 | 2.00 |", "| theirs | failed: no |  |  |"]
-
-
 def test_reports_of_parts_stand_behind_the_whole(tmp_path):
     names = ["a_cpu.json", "a_vllm_cpu.json", "a_gpu.json", "a_1.5B_gpu.json"]
     for name in [*names, "b_cpu.json"]:

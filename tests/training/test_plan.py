@@ -409,6 +409,21 @@ def test_an_evaluation_is_planned_as_the_engine_makes_it(held_out, n, most):
     assert planned["prompts and logits"] > max(blocks, eval_blocks)
 
 
+def test_answers_one_by_one_are_planned():
+    """A greedy baseline, and a warm start's looks, ask for one completion of each prompt: more prompts run together."""
+    spec, n = spec_of(width=16, layers=1, heads=2, vocab=20), {"num_generations": 8, "num_generations_eval": 8}
+    config = config_of(rows=64, length=32, rollout={"max_slots": 16}, evaluation={"temperature": 1.0}, **n)
+
+    def prompts(config, **calls):
+        return plan_of(config, spec, **calls).rollout["prompts and logits"]
+
+    plain = prompts(config, held_out=64)
+    assert prompts(config, held_out=64, greedy=True) > plain
+    looks = from_dict(to_dict(config) | {"warm_start": {"max_steps": 1}})
+    assert prompts(looks, held_out=64) > plain
+    assert prompts(looks) == prompts(config)
+
+
 @pytest.mark.parametrize(("devices", "most", "slots"), [(8, 100, 96), (8, 2, 8), (3, 64, 63), (3, 2, 3), (1, 40, 40)])
 def test_slots_are_shared_out(devices, most, slots):
     """In equal parts, of 64 tokens at least, as a GPU's are: what devices do not divide would be whole on each."""
