@@ -409,6 +409,22 @@ def test_an_evaluation_is_planned_as_the_engine_makes_it(held_out, n, most):
     assert planned["prompts and logits"] > max(blocks, eval_blocks)
 
 
+def test_prompts_that_devices_do_not_divide_are_whole_on_each():
+    """What a layer more keeps: one prompt takes as much on each of eight devices as on one, eight are shared out."""
+
+    def layer(devices, rows):
+        config = config_of(rows=rows, length=32, num_generations=8, parallel={"fsdp": devices})
+        mesh = jax.sharding.AbstractMesh((1, devices, 1, 1), make_mesh().axis_names)
+        layout = Layout(mesh, config.parallel.chosen_strategy)
+        specs = (spec_of(width=16, layers=layers, heads=2, vocab=20) for layers in (1, 2))
+        plans = [make_plan(config, spec, layout, reference=False, limit=None, platform="gpu") for spec in specs]
+        return plans[1].rollout["prompts and logits"] - plans[0].rollout["prompts and logits"]
+
+    # A block of 16 tokens.
+    assert layer(8, 1) == layer(1, 8) == 16 * 64
+    assert layer(8, 8) == layer(1, 64) / 8 == 16 * 64
+
+
 def test_answers_one_by_one_are_planned():
     """A greedy baseline, and a warm start's looks, ask for one completion of each prompt: more prompts run together."""
     spec, n = spec_of(width=16, layers=1, heads=2, vocab=20), {"num_generations": 8, "num_generations_eval": 8}
