@@ -18,7 +18,7 @@ KERNEL_BLOCK = 64
 PREFILL_TOKENS = 8192
 # Of a prompt, in the blocks that the shortest is padded to.
 PROMPT_BLOCKS = (1, 2, 4)
-# Prompts that are put into slots together are all that there may be, or this part of them.
+# Prompts that are put into slots together are padded to all that there may be, or to one of so many parts of that.
 FEW = 8
 
 

@@ -38,8 +38,8 @@ class NativeEngine:
     Args:
         model: a :class:`jaxrft.models.Decoder`.
         tokenizer: gives the end-of-sequence token, and text to look for stop texts in.
-        max_slots: completions generated at the same time, at most; on several devices a multiple of these, and one
-            for each at least.
+        max_slots: completions generated at the same time, at most; on several devices a multiple of their
+            number, and one for each at least.
         max_length: tokens of prompt and completion together at most; the caches have room for this many.
         decode_chunk: tokens decoded before the host looks at what has ended.
         max_prefill_tokens: prompt tokens, padding included, that are run at once; or those of the longest prompt, where

@@ -229,7 +229,7 @@ class Programs:
     def _decode_impl(self, leaves, state, caches, ended, values, *, steps, mode):
         window = caches[0].key.shape[2]
         done = state.done | ended
-        # As in advance.
+        # A slot that is done is computed at its first place, as in ``advance``.
         state = state._replace(done=done, positions=jnp.where(done, 0, state.positions))
         log = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps + 1, *x.shape)), state.newest)
 
