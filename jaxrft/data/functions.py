@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -82,6 +83,13 @@ def _load_module(name: str, field: str) -> ModuleType:
         raise _failed_import(name, field, error) from error
 
 
+class _Uncached(importlib.machinery.SourceFileLoader):
+    """Reads the file as it is now: compiled files know its time by the second and its size alone."""
+
+    def path_stats(self, path: str) -> Mapping[str, Any]:
+        raise OSError("no compiled file is used, or written")
+
+
 def _load_file(place: str, field: str) -> ModuleType:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
@@ -91,7 +99,7 @@ def _load_file(place: str, field: str) -> ModuleType:
     name = f"_jaxrft_{path.stem}_{hashlib.sha256(version.encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Uncached(name, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
